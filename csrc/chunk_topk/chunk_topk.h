@@ -1,0 +1,43 @@
+// chunk_topk on the CPU: what the kernel is told.
+#pragma once
+
+#include <cstdint>
+
+#include "common/scalar_type.h"
+
+namespace longmem {
+
+// Symbols as in the Python package: B rows, H query heads, T tokens, R rings, G heads of memory, M chunks, K
+// winners. Strides are in elements; the last axis is contiguous.
+struct ChunkTopkParams {
+  const void* query;          // [B, H, T, D]
+  const void* centroid;       // [R, G, M, D]
+  const int32_t* count;       // [R]
+  const int32_t* ring_index;  // [B], or null: row b searches ring b if R == B, else ring 0
+  int32_t* ids;               // [B, H, T, K] contiguous
+  float* scores;              // [B, H, T, K] contiguous
+  int64_t B, H, T, D, R, G, M, K;
+  int64_t query_stride[3], centroid_stride[3];
+  Scalar query_type, centroid_type;
+};
+
+// Queries one task searches for: as many as share one pass over a tile of centroids.
+constexpr int64_t kTaskQueries = 128;
+
+// Tasks are numbered (b * G + g) * blocks + block, over the H/G * T queries that search the same centroids.
+inline int64_t chunk_topk_blocks(const ChunkTopkParams& p) {
+  return (p.H / p.G * p.T + kTaskQueries - 1) / kTaskQueries;
+}
+
+// One task at one instruction set; the right one is chosen at run time.
+namespace baseline {
+void chunk_topk_task(const ChunkTopkParams& p, int64_t task);
+}
+namespace avx2 {
+void chunk_topk_task(const ChunkTopkParams& p, int64_t task);
+}
+namespace avx512 {
+void chunk_topk_task(const ChunkTopkParams& p, int64_t task);
+}
+
+}  // namespace longmem

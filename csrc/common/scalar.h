@@ -1,0 +1,45 @@
+// The step from a run-time type to a compile-time one.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "common/scalar_type.h"
+
+namespace longmem {
+
+inline Scalar scalar_of(torch::headeronly::ScalarType type, const char* op, const char* argument) {
+  switch (type) {
+    case torch::headeronly::ScalarType::Float:
+      return Scalar::f32;
+    case torch::headeronly::ScalarType::BFloat16:
+      return Scalar::bf16;
+    case torch::headeronly::ScalarType::Half:
+      return Scalar::f16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", argument, " must be float32, bfloat16 or float16, got ScalarType ",
+                      static_cast<int>(type));
+  }
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Calls f(Type<T>{}) with the CPU type of `scalar`.
+template <typename F>
+void dispatch_cpu(Scalar scalar, F&& f) {
+  switch (scalar) {
+    case Scalar::f32:
+      return f(Type<float>{});
+    case Scalar::bf16:
+      return f(Type<c10::BFloat16>{});
+    case Scalar::f16:
+      return f(Type<c10::Half>{});
+  }
+}
+
+}  // namespace longmem

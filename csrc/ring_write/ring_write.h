@@ -1,0 +1,46 @@
+// ring_write: what the kernels are told. No torch types, so that nvcc compiles the CUDA kernel in a second.
+#pragma once
+
+#include <cstdint>
+
+#include "common/scalar_type.h"
+
+namespace longmem {
+
+// Symbols as in the Python package: R rings, G heads, M chunks, C tokens per chunk, D head dim, B rows, T
+// tokens. The ring's tensors are contiguous; strides are in elements.
+struct RingWriteParams {
+  void* store;                // [R, G, M, 2, C, D]
+  void* centroid;             // [R, G, M, D]
+  void* tail;                 // [R, G, 2, C, D]
+  int64_t* cursor;            // [R]
+  const void* key;            // [B, G, T, D]
+  const void* value;          // [B, G, T, D]
+  const int32_t* ring_index;  // [B], or null: row b writes ring b if R == B, else ring 0
+  const bool* mask;           // [B, T], or null: every token is kept
+  int64_t R, G, M, C, D, B, T;
+  int64_t key_stride[3], value_stride[3], mask_stride[2];
+};
+
+#ifdef __CUDACC__
+#define LONGMEM_HOST_DEVICE __host__ __device__
+#else
+#define LONGMEM_HOST_DEVICE
+#endif
+
+LONGMEM_HOST_DEVICE inline int64_t ring_of_row(const RingWriteParams& p, int64_t row) {
+  if (p.ring_index != nullptr) return p.ring_index[row];
+  return p.R == p.B ? row : 0;
+}
+
+LONGMEM_HOST_DEVICE inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+void ring_write_cpu(const RingWriteParams& p, Scalar input, Scalar storage);
+
+// Bytes of device scratch that `ring_write_cuda` needs; its content before and after is meaningless.
+int64_t ring_write_cuda_workspace(const RingWriteParams& p);
+// `stream` is a cudaStream_t. Returns the error text of a failed launch, or null.
+const char* ring_write_cuda(const RingWriteParams& p, Scalar input, Scalar storage, void* workspace,
+                            void* stream);
+
+}  // namespace longmem

@@ -1,0 +1,108 @@
+"""Argument checks shared by the public functions: every error names the op, the argument, what was wanted and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COMPUTE_DTYPES = (*STORAGE_DTYPES, torch.float64)
+
+_debug = False
+
+
+def debug_checks(enabled: bool) -> None:
+    """Turn the checks that read values from CUDA tensors (a host sync each) on or off. On CPU they always run."""
+    global _debug
+    _debug = enabled
+
+
+def values_readable(tensor: Tensor) -> bool:
+    """Whether checking the values of `tensor` now is free of graph breaks and of host syncs nobody asked for."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or (_debug and tensor.device.type == "cuda"))
+
+
+class Sizes:
+    """Binds size symbols (design notation: B, H, T, D, ...) while arguments are checked; first use fixes a symbol."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.size: dict[str, int] = {}
+        self.origin: dict[str, str] = {}
+
+    def __getitem__(self, symbol: str) -> int:
+        return self.size[symbol]
+
+    def bind(self, name: str, tensor: Tensor, symbols: str) -> None:
+        """Check that `tensor` has the axes named in `symbols` (space separated) and the sizes bound so far.
+
+        Raises:
+            TypeError: not a tensor.
+            ValueError: wrong rank, or a size that contradicts an earlier argument.
+        """
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{self.op}: {name} must be a tensor [{symbols}], got {type(tensor).__name__}")
+        axes = symbols.split()
+        shape = tuple(tensor.shape)
+        if len(shape) != len(axes):
+            raise ValueError(f"{self.op}: {name} must have {len(axes)} axes [{', '.join(axes)}], got shape {shape}")
+        for symbol, size in zip(axes, shape, strict=True):
+            if symbol not in self.size:
+                self.size[symbol], self.origin[symbol] = size, name
+            elif self.size[symbol] != size:
+                raise ValueError(
+                    f"{self.op}: {name} [{', '.join(axes)}] must have {symbol} = {self.size[symbol]}"
+                    f" (from {self.origin[symbol]}), got shape {shape}"
+                )
+
+    def positive(self, *symbols: str) -> None:
+        for symbol in symbols:
+            if self.size[symbol] < 1:
+                raise ValueError(f"{self.op}: {symbol} must be at least 1, got {self.size[symbol]} in {self.origin[symbol]}")
+
+    def grouped(self) -> None:
+        """H query heads share G key/value heads evenly."""
+        heads, kv_heads = self.size["H"], self.size["G"]
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"{self.op}: query heads H must be a multiple of key/value heads G, got H={heads}, G={kv_heads}")
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{op}: {name} must be one of {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} must be on {device} like the first argument, got {tensor.device}")
+
+
+def check_last_axis_contiguous(op: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{op}: the last axis of {name} must be contiguous, got strides {tuple(tensor.stride())}")
+
+
+def check_range(op: str, name: str, tensor: Tensor, low: int, high: int) -> None:
+    """Values of an integer tensor must lie in [low, high). Read only where `values_readable`."""
+    if not values_readable(tensor) or tensor.numel() == 0:
+        return
+    smallest, largest = (int(bound) for bound in torch.aminmax(tensor))
+    if smallest < low or largest >= high:
+        raise ValueError(f"{op}: {name} must lie in [{low}, {high}), got values from {smallest} to {largest}")
+
+
+def check_ring_index(op: str, ring_index: Tensor | None, sizes: Sizes) -> None:
+    """`ring_index [B]` int32; without it rows and rings must pair up one to one, or there must be a single ring."""
+    rows, rings = sizes["B"], sizes["R"]
+    if ring_index is None:
+        if rings not in (1, rows):
+            raise ValueError(
+                f"{op}: ring_index is needed when R is neither 1 nor B, got R={rings} rings for B={rows} rows"
+            )
+        return
+    sizes.bind("ring_index", ring_index, "B")
+    check_dtype(op, "ring_index", ring_index, (torch.int32,))
+    check_range(op, "ring_index", ring_index, 0, rings)

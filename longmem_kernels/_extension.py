@@ -1,0 +1,35 @@
+"""The compiled extension, if it was built: loading it registers the C++ and CUDA kernels with the ops declared here."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+library = torch.library.Library("longmem", "DEF")
+
+extension: ModuleType | None = None
+load_error: str | None = None
+
+
+def load_extension() -> None:
+    """Load `longmem_kernels._C` once the op schemas exist. A failure is kept, for `python -m longmem_kernels.info`."""
+    global extension, load_error
+    try:
+        from . import _C
+    except ImportError as error:
+        load_error = (
+            "the compiled extension longmem_kernels._C is not available"
+            f" ({error}); install a C++ compiler and reinstall with `pip install .` (LONGMEM_BUILD=auto)"
+        )
+    else:
+        extension = _C
+
+
+def build_info() -> dict[str, str]:
+    """Version, compiler, SIMD level and CUDA architectures of the compiled extension; empty without one."""
+    return dict(extension.build_info()) if extension is not None else {}
+
+
+def has_cuda_kernels() -> bool:
+    return bool(build_info().get("cuda"))

@@ -1,0 +1,75 @@
+"""chunk_topk: exact top-K chunks of memory for every query."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import (
+    COMPUTE_DTYPES,
+    Sizes,
+    check_device,
+    check_dtype,
+    check_last_axis_contiguous,
+    check_range,
+    check_ring_index,
+)
+from .._dispatch import choose
+from .reference import chunk_topk_reference
+
+MAX_K = 64
+
+
+def chunk_topk(
+    query: Tensor,
+    centroid: Tensor,
+    k: int,
+    *,
+    count: Tensor,
+    ring_index: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Exact top-K of `query . centroid` over the chunks stored in each row's ring. (LongMem, section 2.3.)
+
+    Kernels never write the [T, M] scores to memory. Exact means: the set, in the order, that inner products in float32
+    give. Two chunks whose exact scores differ by less than the rounding of a D-term float32 sum may swap places.
+    Ties go to the lower slot; NaN scores come after all numbers; where fewer than K chunks are stored, id -1 and score
+    -inf. No gradient flows: selection is not differentiable.
+
+    Args:
+        query: [B, H, T, D] float32, bfloat16, float16 or float64. T = 0 gives empty results.
+        centroid: [R, G, M, D], mean keys of the chunks, H % G == 0; query head h searches head h // (H / G).
+        k: K, chunks per query, 1 to 64.
+        count: [R] int32, the first `count[r]` slots of ring r are searched (`Ring.count()`).
+        ring_index: [B] int32 in [0, R). Left out: row b searches ring b when R == B, ring 0 when R == 1.
+        impl: "auto", "triton", "cpp" or "reference".
+
+    Returns:
+        chunk_ids [B, H, T, K] int32, scores [B, H, T, K] float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what was wanted and what came.
+        RuntimeError: `impl` cannot run here.
+    """
+    op = "chunk_topk"
+    sizes = Sizes(op)
+    sizes.bind("query", query, "B H T D")
+    sizes.bind("centroid", centroid, "R G M D")
+    sizes.bind("count", count, "R")
+    sizes.positive("H", "D", "R", "M")
+    sizes.grouped()
+    if not isinstance(k, int) or not 1 <= k <= MAX_K:
+        raise ValueError(f"{op}: k must be an integer from 1 to {MAX_K}, got {k!r}")
+    check_dtype(op, "query", query, COMPUTE_DTYPES)
+    check_dtype(op, "centroid", centroid, COMPUTE_DTYPES)
+    check_dtype(op, "count", count, (torch.int32,))
+    check_device(op, query.device, centroid=centroid, count=count, ring_index=ring_index)
+    check_last_axis_contiguous(op, query=query, centroid=centroid)
+    check_ring_index(op, ring_index, sizes)
+    check_range(op, "count", count, 0, sizes["M"] + 1)
+
+    query, centroid = query.detach(), centroid.detach()
+    name = choose(op, impl, query.device, (query.dtype, centroid.dtype), sizes["D"])
+    if name == "reference":
+        return chunk_topk_reference(query, centroid, count, ring_index, k)
+    return getattr(torch.ops.longmem, f"chunk_topk_{name}")(query, centroid, count, ring_index, k)

@@ -1,0 +1,83 @@
+"""Schemas, fakes, autograd and the Triton registration of the memory_attention kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._extension import library
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor memory_query, Tensor memory_key, Tensor memory_value,"
+    " Tensor chunk_ids, Tensor? ring_index, Tensor? gate, Tensor? alibi_slopes"
+)
+_OPTIONS = "str fusion, float scale, bool causal, int? window"
+# out [B, H, T, D]; local_out, memory_out [B, H, T, D] and their log-sum-exps [B, H, T] float32, kept for backward.
+library.define(
+    f"memory_attention_triton({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    f"memory_attention_backward_triton(Tensor grad, {_INPUTS}, {_OPTIONS},"
+    " Tensor local_out, Tensor local_lse, Tensor memory_out, Tensor memory_lse)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("longmem::memory_attention_triton")
+def _fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def lse() -> Tensor:
+        return query.new_empty(query.shape[:3], dtype=torch.float32)
+
+    def out() -> Tensor:
+        return query.new_empty(query.shape)
+
+    return out(), out(), lse(), out(), lse()
+
+
+@torch.library.register_fake("longmem::memory_attention_backward_triton")
+def _fake_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dquery, dmemory_query = query.new_empty(query.shape), query.new_empty(query.shape)
+    dkey, dvalue = key.new_empty(key.shape), key.new_empty(key.shape)
+    return dquery, dkey, dvalue, dmemory_query, query.new_empty(query.shape[1], dtype=torch.float32)
+
+
+@torch.library.impl("longmem::memory_attention_triton", ("CUDA", "CPU"))
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from .triton import memory_attention_forward  # on first use, so that the package imports without Triton
+
+    return memory_attention_forward(*args)
+
+
+@torch.library.impl("longmem::memory_attention_backward_triton", ("CUDA", "CPU"))
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from .triton_backward import memory_attention_backward
+
+    return memory_attention_backward(*args)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, fusion, scale, causal, window = inputs
+    _, local_out, local_lse, memory_out, memory_lse = output
+    ctx.mark_non_differentiable(local_out, local_lse, memory_out, memory_lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, local_out, local_lse, memory_out, memory_lse)
+    ctx.options = (fusion, scale, causal, window)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, local_out, local_lse, memory_out, memory_lse = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 14
+    dquery, dkey, dvalue, dmemory_query, dgate = torch.ops.longmem.memory_attention_backward_triton(
+        grad, *inputs, *ctx.options, local_out, local_lse, memory_out, memory_lse
+    )
+    gate = inputs[8]
+    dgate = None if gate is None else dgate.to(gate.dtype)
+    return dquery, dkey, dvalue, dmemory_query, None, None, None, None, dgate, None, None, None, None, None
+
+
+torch.library.register_autograd("longmem::memory_attention_triton", _differentiate, setup_context=_save)

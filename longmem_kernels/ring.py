@@ -1,0 +1,112 @@
+"""The ring buffer that holds a long-term memory: chunks of keys and values, their mean keys, and the open tail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._checks import STORAGE_DTYPES
+
+MAX_CHUNK_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Ring:
+    """R rings of M chunks of C tokens for G key/value heads. `ring_write` changes the tensors in place.
+
+    A chunk becomes searchable when its C-th token is written; chunk number n lives in slot n % M. Tokens of the chunk
+    that is still open wait in `tail`, whose positions from `cursor % C` on hold nothing meaningful.
+
+    Attributes:
+        store: [R, G, M, 2, C, D], key (0) and value (1) of a chunk beside each other: one contiguous gather per chunk.
+        centroid: [R, G, M, D], mean key of each chunk, summed in float32 over the stored keys.
+        tail: [R, G, 2, C, D], the open chunk.
+        cursor: [R] int64, tokens ever written.
+    """
+
+    store: Tensor
+    centroid: Tensor
+    tail: Tensor
+    cursor: Tensor
+
+    @classmethod
+    def new(
+        cls,
+        *,
+        rings: int,
+        kv_heads: int,
+        chunks: int,
+        chunk_size: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Ring:
+        """An empty Ring.
+
+        Raises:
+            ValueError: a size below 1, `chunk_size` above 64, or more than 2^31 - 1 chunks.
+            TypeError: a dtype that memory cannot be stored in.
+        """
+        sizes = {"rings": rings, "kv_heads": kv_heads, "chunks": chunks, "chunk_size": chunk_size, "head_dim": head_dim}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"Ring.new: {name} must be at least 1, got {size}")
+        if chunk_size > MAX_CHUNK_SIZE:
+            raise ValueError(f"Ring.new: chunk_size must be at most {MAX_CHUNK_SIZE}, got {chunk_size}")
+        if chunks > 2**31 - 1:
+            raise ValueError(f"Ring.new: chunks must be at most 2^31 - 1, got {chunks}")
+        if dtype not in (*STORAGE_DTYPES, torch.float64):
+            raise TypeError(f"Ring.new: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            store=zeros(rings, kv_heads, chunks, 2, chunk_size, head_dim),
+            centroid=zeros(rings, kv_heads, chunks, head_dim),
+            tail=zeros(rings, kv_heads, 2, chunk_size, head_dim),
+            cursor=zeros(rings, dtype=torch.int64),
+        )
+
+    @property
+    def rings(self) -> int:
+        return self.store.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.store.shape[1]
+
+    @property
+    def chunks(self) -> int:
+        return self.store.shape[2]
+
+    @property
+    def chunk_size(self) -> int:
+        return self.store.shape[4]
+
+    @property
+    def head_dim(self) -> int:
+        return self.store.shape[5]
+
+    @property
+    def key(self) -> Tensor:
+        """[R, G, M, C, D] view of the stored keys."""
+        return self.store[:, :, :, 0]
+
+    @property
+    def value(self) -> Tensor:
+        """[R, G, M, C, D] view of the stored values."""
+        return self.store[:, :, :, 1]
+
+    def count(self) -> Tensor:
+        """[R] int32, chunks searchable now (on the ring's device, no host sync)."""
+        return torch.clamp(self.cursor // self.chunk_size, max=self.chunks).to(torch.int32)
+
+    def reset(self, rings: Tensor | None = None) -> None:
+        """Empty all rings, or those where `rings` [R] bool is true. In place, no host sync; stored data is not read again."""
+        if rings is None:
+            self.cursor.zero_()
+        else:
+            self.cursor.masked_fill_(rings, 0)

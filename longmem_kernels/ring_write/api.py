@@ -1,0 +1,73 @@
+"""ring_write: append keys and values to the ring-buffer memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import COMPUTE_DTYPES, Sizes, check_device, check_dtype, check_last_axis_contiguous, check_ring_index
+from .._dispatch import choose
+from ..ring import Ring
+from .reference import ring_write_reference
+
+
+def ring_write(
+    ring: Ring,
+    key: Tensor,
+    value: Tensor,
+    *,
+    ring_index: Tensor | None = None,
+    mask: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """Append T tokens per row to the rows' rings, in place, on the ring's device, without a host sync.
+
+    Every C tokens a chunk closes into slot `chunk_number % M`, overwriting the oldest; its centroid is the mean of the
+    stored keys, summed in order in float32. Writing in pieces leaves exactly what writing at once leaves. Rows that
+    share a ring are appended in row order. (LongMem, section 2: the cached memory bank is updated after each segment.)
+
+    Args:
+        ring: the memory, changed in place.
+        key, value: [B, G, T, D] float32, bfloat16, float16 or float64, rounded to the ring's dtype. No gradient flows.
+            T = 0 writes nothing.
+        ring_index: [B] int32 in [0, R), the ring of each row. Left out: row b writes ring b when R == B, ring 0 when
+            R == 1. On CUDA a row whose ring does not exist is dropped unless `debug_checks(True)` makes it an error, as
+            it always is on CPU.
+        mask: [B, T] bool, False drops a token (padding).
+        impl: "auto", "cuda", "cpp" or "reference".
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what was wanted and what came.
+        RuntimeError: `impl` cannot run here.
+    """
+    op = "ring_write"
+    if not isinstance(ring, Ring):
+        raise TypeError(f"{op}: ring must be a longmem_kernels.Ring, got {type(ring).__name__}")
+    sizes = Sizes(op)
+    sizes.bind("ring.store", ring.store, "R G M 2 C D")
+    sizes.bind("key", key, "B G T D")
+    sizes.bind("value", value, "B G T D")
+    check_dtype(op, "key", key, COMPUTE_DTYPES)
+    if value.dtype != key.dtype:
+        raise TypeError(f"{op}: value must have the dtype of key, {key.dtype}, got {value.dtype}")
+    check_device(op, ring.store.device, key=key, value=value, ring_index=ring_index, mask=mask)
+    check_last_axis_contiguous(op, key=key, value=value)
+    check_ring_index(op, ring_index, sizes)
+    _check_contiguous(op, store=ring.store, centroid=ring.centroid, tail=ring.tail, cursor=ring.cursor)
+    if mask is not None:
+        sizes.bind("mask", mask, "B T")
+        check_dtype(op, "mask", mask, (torch.bool,))
+    key, value = key.detach(), value.detach()
+
+    name = choose(op, impl, ring.store.device, (key.dtype, ring.store.dtype), sizes["D"])
+    if name == "reference":
+        ring_write_reference(ring, key, value, ring_index, mask)
+    else:
+        kernel = getattr(torch.ops.longmem, f"ring_write_{name}")
+        kernel(ring.store, ring.centroid, ring.tail, ring.cursor, key, value, ring_index, mask)
+
+
+def _check_contiguous(op: str, **parts: Tensor) -> None:
+    for name, tensor in parts.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: ring.{name} must be contiguous, got strides {tuple(tensor.stride())}")

@@ -1,0 +1,64 @@
+"""Plain-PyTorch ring_write: the specification of the op, on any device, without a host sync."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ring import Ring
+
+
+def ring_write_reference(ring: Ring, key: Tensor, value: Tensor, ring_index: Tensor | None, mask: Tensor | None) -> None:
+    """See `ring_write`. Gathers every chunk this call touches, from tail and input, and stores it whole.
+
+    Arguments as in `ring_write`, already checked.
+    """
+    R, M, C = ring.rings, ring.chunks, ring.chunk_size
+    B, _, T, _ = key.shape
+    device = key.device
+    if B * T == 0:
+        return
+    per_ring = T if ring_index is None and R == B else B * T
+    if ring_index is None:
+        ring_index = torch.arange(B, device=device) if R == B else torch.zeros(B, dtype=torch.int64, device=device)
+
+    # Token stream of each ring: kept tokens in row-major order, located by `source[first[r] + n]`.
+    ring_of_token = ring_index.long()[:, None].expand(B, T).reshape(-1)
+    if mask is not None:
+        ring_of_token = torch.where(mask.reshape(-1), ring_of_token, R)  # ring R takes what is dropped
+    source = torch.sort(ring_of_token, dim=0, stable=True).indices
+    tokens = torch.zeros(R + 1, dtype=torch.int64, device=device).index_add_(
+        0, ring_of_token, torch.ones_like(ring_of_token)
+    )
+    first = (tokens.cumsum(0) - tokens)[:R]
+    begin = ring.cursor.clone()
+    end = begin + tokens[:R]
+
+    # Chunks closed by this call, newest first, at most one lap of the ring; then the chunk left open.
+    laps = min(M, per_ring // C + 1)
+    closed = (end // C)[:, None] - 1 - torch.arange(laps, device=device)  # [R, laps]
+    chunk = torch.cat([closed, (end // C)[:, None]], 1)  # [R, W]
+    position = chunk[..., None] * C + torch.arange(C, device=device)  # [R, W, C]
+    written_now = (position >= begin[:, None, None]) & (position < end[:, None, None])
+    index = (first[:, None, None] + position - begin[:, None, None]).clamp(0, B * T - 1)
+    token = source[index]  # [R, W, C]
+
+    incoming = torch.stack([key, value]).permute(1, 3, 2, 0, 4).reshape(B * T, ring.kv_heads, 2, ring.head_dim)
+    fresh = incoming[token].to(ring.store.dtype).permute(0, 3, 1, 4, 2, 5)  # [R, G, W, 2, C, D]
+    content = torch.where(written_now[:, None, :, None, :, None], fresh, ring.tail[:, :, None])
+
+    rows = torch.arange(R, device=device)[:, None]
+    slot = closed.remainder(M)
+    fits = (closed >= begin[:, None] // C)[:, None, :, None]  # [R, 1, laps, 1]
+    total = torch.zeros_like(content[:, :, :-1, 0, 0], dtype=torch.promote_types(torch.float32, content.dtype))
+    for offset in range(C):  # in order, so that every implementation rounds alike
+        total = total + content[:, :, :-1, 0, offset].to(total.dtype)
+    centroid = (total / C).to(ring.centroid.dtype)
+    old_store, old_centroid = ring.store[rows, :, slot], ring.centroid[rows, :, slot]  # [R, laps, G, ...]
+    keep = fits.transpose(1, 2)
+    ring.store[rows, :, slot] = torch.where(
+        keep[..., None, None], content[:, :, :-1].transpose(1, 2), old_store
+    )
+    ring.centroid[rows, :, slot] = torch.where(keep, centroid.transpose(1, 2), old_centroid)
+    ring.tail.copy_(content[:, :, -1])
+    ring.cursor.copy_(end)
