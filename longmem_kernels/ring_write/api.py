@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import COMPUTE_DTYPES, Sizes, check_device, check_dtype, check_last_axis_contiguous, check_ring_index
+from .._checks import (
+    COMPUTE_DTYPES,
+    Sizes,
+    check_device,
+    check_dtype,
+    check_last_axis_contiguous,
+    check_ring_index,
+    packed,
+)
 from .._dispatch import choose
 from ..ring import Ring
 from .reference import ring_write_reference
@@ -57,7 +65,7 @@ def ring_write(
     if mask is not None:
         sizes.bind("mask", mask, "B T")
         check_dtype(op, "mask", mask, (torch.bool,))
-    key, value = key.detach(), value.detach()
+    key, value, ring_index = key.detach(), value.detach(), packed(ring_index)
 
     name = choose(op, impl, ring.store.device, (key.dtype, ring.store.dtype), sizes["D"])
     if name == "reference":
@@ -65,6 +73,9 @@ def ring_write(
     else:
         kernel = getattr(torch.ops.longmem, f"ring_write_{name}")
         kernel(ring.store, ring.centroid, ring.tail, ring.cursor, key, value, ring_index, mask)
+        if not torch.compiler.is_compiling():
+            # So that a backward pass that still needs the old content fails instead of reading the new one.
+            torch.autograd.graph.increment_version((ring.store, ring.centroid))
 
 
 def _check_contiguous(op: str, **parts: Tensor) -> None:

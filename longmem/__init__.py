@@ -1,0 +1,20 @@
+"""LongMem: a frozen language model with a long-term memory, on `longmem_kernels`."""
+
+from longmem_kernels import __version__
+
+from .backbones import Backbone, PaperGPTConfig, huggingface_backbone, paper_gpt
+from .config import LongMemConfig
+from .memory import MemoryBank
+from .model import LongMem, Output
+
+__all__ = [
+    "Backbone",
+    "LongMem",
+    "LongMemConfig",
+    "MemoryBank",
+    "Output",
+    "PaperGPTConfig",
+    "__version__",
+    "huggingface_backbone",
+    "paper_gpt",
+]

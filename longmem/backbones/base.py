@@ -1,0 +1,141 @@
+"""The frozen encoder: embeddings, a stack of decoder layers, a final norm and a head."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .layers import DecoderLayer, LayerCache
+
+
+@dataclass(frozen=True)
+class States:
+    """What the backbone says about one segment.
+
+    Attributes:
+        hidden: backbone depth i -> [B, T, E]: 0 is the embedding, i the output of layer i - 1, before the final norm.
+        key, value: [B, G, T, D] of the memory layer, before rotation: what a memory stores.
+    """
+
+    hidden: dict[int, Tensor]
+    key: Tensor
+    value: Tensor
+
+
+@dataclass
+class BackboneCache:
+    """The backbone's keys and values of the current segment, for decoding."""
+
+    length: int = 0
+    layers: dict[int, LayerCache] = field(default_factory=dict)
+
+
+class Backbone(nn.Module):
+    """A causal language model, frozen: no parameter trains and no dropout acts.
+
+    Args:
+        name: where it comes from, for checkpoints and messages.
+        embed: token ids [B, T] -> [B, T, E].
+        layers: the decoder layers in order.
+        norm, head: [B, T, E] -> logits [B, T, vocab_size].
+    """
+
+    def __init__(
+        self,
+        name: str,
+        embed: nn.Module,
+        layers: Sequence[DecoderLayer],
+        norm: nn.Module,
+        head: nn.Module,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+    ) -> None:
+        super().__init__()
+        self.name, self.vocab_size, self.hidden_size = name, vocab_size, hidden_size
+        self.embed, self.layers, self.norm, self.head = embed, nn.ModuleList(layers), norm, head
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Backbone:
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def layer(self, index: int) -> DecoderLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, DecoderLayer)
+        return layer
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output of the last layer [B, T, E] -> logits [B, T, vocab_size]. Differentiable in `hidden`."""
+        return self.head(self.norm(hidden))
+
+    @torch.no_grad()
+    def encode(
+        self, tokens: Tensor, memory_layer: int, depths: Collection[int], cache: BackboneCache | None = None
+    ) -> States:
+        """Encode segments, no further up than asked for.
+
+        Args:
+            tokens: [B, T] int64.
+            memory_layer: the layer whose keys and values are returned.
+            depths: the hidden states to return, 0 to the number of layers.
+            cache: the segment so far, when `tokens` continues it.
+
+        Raises:
+            ValueError: tokens of another shape, or outside the vocabulary.
+        """
+        self._check(tokens)
+        start = cache.length if cache is not None else 0
+        x = self.embed(tokens)
+        hidden = {0: x} if 0 in depths else {}
+        for i in range(max(*depths, memory_layer + 1)):
+            layer = self.layer(i)
+            if i == memory_layer:
+                key, value = layer.project_memory(layer.input_norm(x))
+                if i >= max(depths):
+                    break
+            x = layer(x, start=start, cache=cache.layers.setdefault(i, LayerCache()) if cache is not None else None)
+            if i + 1 in depths:
+                hidden[i + 1] = x
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return States(hidden, key, value)
+
+    @torch.no_grad()
+    def resume(self, hidden: Tensor, depth: int) -> Tensor:
+        """Run the layers from `depth` up on its hidden states [B, T, E]: what `logits` takes."""
+        for i in range(depth, len(self.layers)):
+            hidden = self.layer(i)(hidden)
+        return hidden
+
+    def fingerprint(self) -> str:
+        """Identifies the weights, from a sample of them: memory and checkpoints made with others are refused."""
+        digest = hashlib.sha256()
+        for name, parameter in self.named_parameters():
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            sample = parameter.detach().reshape(-1)
+            sample = sample[:: max(1, sample.numel() // 64)][:64].float().cpu()
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _check(self, tokens: Tensor) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"Backbone: tokens must be int64 [B, T] with T at least 1, got {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        if tokens.device.type == "cpu" and tokens.numel():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(f"Backbone: token ids must lie in [0, {self.vocab_size}), got {low} to {high}")

@@ -1,0 +1,80 @@
+"""What defines a LongMem beside its backbone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SIDENETS = ("none", "exact", "paper")
+
+
+@dataclass(frozen=True)
+class LongMemConfig:
+    """Architecture and memory of a LongMem; saved with it.
+
+    Attributes:
+        memory_layer: the backbone layer whose keys and values are stored, 0-based. Which one serves best is a property
+            of the backbone (docs/decisions.md).
+        sidenet: "none": memory is read inside the frozen backbone's own memory layer. "exact": a SideNet whose layers
+            copy backbone layers f*i and whose residuals carry what the skipped layers added, so that before training
+            the output is the backbone's. "paper": the published start, layers f*i + f - 1 and residuals
+            `H[f*i+f] - H[f*i]` (LongMem, section 2.2).
+        reduction: f, backbone layers per SideNet layer.
+        trainable: "read": the memory layer's own query and output projections, gate and temperature. "all": the SideNet
+            too.
+        fusion: "joint" or "gated", see `memory_attention`.
+        gate_start: initial gate logit per head, for "gated".
+        chunk_size: C, tokens per chunk.
+        chunks_per_query: K, chunks retrieved per token and head.
+        memory_tokens: capacity of a row's memory.
+        segment: T, tokens encoded at once; also the local context.
+        scope: "row" or "shared", see `MemoryBank`.
+    """
+
+    memory_layer: int
+    sidenet: str = "none"
+    reduction: int = 2
+    trainable: str = "read"
+    fusion: str = "joint"
+    gate_start: float = 0.0
+    chunk_size: int = 4
+    chunks_per_query: int = 16
+    memory_tokens: int = 16_384
+    segment: int = 256
+    scope: str = "row"
+
+    def check(self, layers: int) -> None:
+        """Raises ValueError when a value is out of range for a backbone of `layers` layers."""
+        wrong = []
+        if not 0 <= self.memory_layer < layers:
+            wrong.append(f"memory_layer must lie in [0, {layers}), got {self.memory_layer}")
+        if self.sidenet not in SIDENETS:
+            wrong.append(f"sidenet must be one of {', '.join(SIDENETS)}, got {self.sidenet!r}")
+        if self.sidenet != "none" and not 1 <= self.reduction <= layers:
+            wrong.append(f"reduction must lie in [1, {layers}], got {self.reduction}")
+        if self.sidenet != "none" and self.memory_layer // max(self.reduction, 1) >= layers // max(self.reduction, 1):
+            wrong.append(f"memory_layer {self.memory_layer} lies above the last SideNet layer")
+        if self.trainable not in ("read", "all"):
+            wrong.append(f"trainable must be read or all, got {self.trainable!r}")
+        if self.sidenet == "none" and self.trainable == "all":
+            wrong.append('trainable="all" needs a SideNet: without one there is nothing but the read')
+        if self.fusion not in ("joint", "gated"):
+            wrong.append(f"fusion must be joint or gated, got {self.fusion!r}")
+        for name in ("chunk_size", "chunks_per_query", "segment"):
+            if getattr(self, name) < 1:
+                wrong.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.chunk_size >= 1 and (self.memory_tokens < 1 or self.memory_tokens % self.chunk_size):
+            wrong.append(f"memory_tokens must be a positive multiple of chunk_size, got {self.memory_tokens}")
+        if wrong:
+            raise ValueError("LongMemConfig: " + "; ".join(wrong))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LongMemConfig:
+        """Raises ValueError naming keys this version does not know."""
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"LongMemConfig: unknown keys {', '.join(sorted(unknown))}")
+        return cls(**values)

@@ -1,0 +1,1 @@
+"""Texts for training and evaluation: fetching them, reading them, and walking them segment by segment."""

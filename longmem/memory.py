@@ -1,0 +1,216 @@
+"""MemoryBank: the long-term memory of a batch, a ring buffer per row or one for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
+
+SCOPES = ("row", "shared")
+_PARTS = ("store", "centroid", "tail", "cursor")
+
+
+class MemoryBank:
+    """Keys and values of past segments, written in chunks, searched and read by the memory layer.
+
+    Not a module and not a parameter: it is the state of a walk through documents, passed to the model at every step.
+    A write takes effect when the memory is next used: until then the backward pass of the read before it, which gathers
+    the chunks again, still finds what the forward pass found.
+
+    Args:
+        rows: B, the batch rows it serves.
+        kv_heads, head_dim: G and D of the backbone's memory layer.
+        tokens: capacity of each ring, a multiple of `chunk_size`.
+        chunk_size: C, tokens per chunk (LongMem, section 2.3; the paper uses 4).
+        scope: "row": each row remembers its own documents alone. "shared": all rows write and search one ring, as the
+            official code does.
+        dtype, device: of the stored keys and values.
+        fingerprint: which backbone and layer the content comes from (`LongMem.fingerprint`).
+
+    Raises:
+        ValueError: a capacity that is not a multiple of the chunk size, an unknown scope, a size below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: int,
+        kv_heads: int,
+        head_dim: int,
+        tokens: int,
+        chunk_size: int,
+        scope: str = "row",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        fingerprint: str = "",
+    ) -> None:
+        if scope not in SCOPES:
+            raise ValueError(f"MemoryBank: scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+        if rows < 1 or chunk_size < 1 or tokens < chunk_size or tokens % chunk_size:
+            raise ValueError(
+                "MemoryBank: wanted rows >= 1 and tokens a positive multiple of chunk_size, got"
+                f" rows={rows}, tokens={tokens}, chunk_size={chunk_size}"
+            )
+        self.rows, self.scope, self.fingerprint = rows, scope, fingerprint
+        self._ring = Ring.new(
+            rings=rows if scope == "row" else 1,
+            kv_heads=kv_heads,
+            chunks=tokens // chunk_size,
+            chunk_size=chunk_size,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._last_ids: Tensor | None = None
+
+    @property
+    def ring(self) -> Ring:
+        """The memory's content, up to date."""
+        if self._pending is not None:
+            key, value, mask = self._pending
+            self._pending = None
+            ring_write(self._ring, key, value, mask=mask)
+        return self._ring
+
+    def __repr__(self) -> str:
+        ring = self._ring
+        capacity = ring.chunks * ring.chunk_size
+        return f"MemoryBank(rows={self.rows}, scope={self.scope!r}, tokens={capacity}, chunk_size={ring.chunk_size})"
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Forget everything, or the rows where `rows` [B] bool is true.
+
+        Raises:
+            ValueError: a shared memory cannot forget some rows only.
+        """
+        if rows is None or self.scope == "row":
+            if rows is not None and rows.shape != (self.rows,):
+                raise ValueError(f"MemoryBank.reset: rows must have shape ({self.rows},), got {tuple(rows.shape)}")
+            self.ring.reset(rows)
+        elif bool(rows.all()):
+            self.ring.reset()
+        elif bool(rows.any()):
+            raise ValueError('MemoryBank.reset: with scope="shared" all rows are one memory; reset all or none')
+
+    def write(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
+        """Append key, value [B, G, T, D]; tokens where `mask` [B, T] is False are left out."""
+        wanted = (self.rows, self._ring.kv_heads, key.shape[-2], self._ring.head_dim)
+        if key.shape != wanted or value.shape != wanted:
+            raise ValueError(
+                f"MemoryBank.write: key and value must be [B, G, T, D] = [{wanted[0]}, {wanted[1]}, T, {wanted[3]}], got"
+                f" {tuple(key.shape)} and {tuple(value.shape)}"
+            )
+        _ = self.ring  # an earlier write comes first
+        self._pending = (key.detach(), value.detach(), mask)
+
+    def retrieve(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best chunks for query [B, H, T, D]: ids int32 and scores float32, [B, H, T, k]. See `chunk_topk`."""
+        ids, scores = chunk_topk(query, self.ring.centroid, k, count=self.ring.count())
+        self._last_ids = ids
+        return ids, scores
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk_ids: Tensor, **options: Any) -> Tensor:
+        """`memory_attention` over this memory."""
+        return memory_attention(query, key, value, self.ring.key, self.ring.value, chunk_ids, **options)
+
+    def stats(self) -> dict[str, float]:
+        """For log lines (synchronises with the device).
+
+        fill: share of the capacity in use. tokens: tokens searchable per ring, on average. Of the last retrieval:
+        full_k: share of queries that found all k chunks; age: mean age of the chunks found, in tokens.
+        """
+        ring = self.ring
+        count = ring.count().double()
+        stats = {"fill": float(count.mean() / ring.chunks), "tokens": float(count.mean() * ring.chunk_size)}
+        if self._last_ids is None:
+            return stats
+        ids = self._last_ids.long()
+        found = ids >= 0
+        stats["full_k"] = float(found.all(-1).double().mean()) if found.numel() else 0.0
+        newest = (ring.cursor // ring.chunk_size - 1)[:, None, None, None]  # chunk number, per ring
+        age = (newest - ids).remainder(ring.chunks)[found]
+        stats["age"] = float(age.double().mean() * ring.chunk_size) if age.numel() else 0.0
+        return stats
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: getattr(self.ring, name).clone() for name in _PARTS}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError when a tensor is missing or has another shape or dtype; nothing is changed then."""
+        for name in _PARTS:
+            mine, theirs = getattr(self._ring, name), state.get(name)
+            if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+                got = "nothing" if theirs is None else f"{theirs.dtype} {tuple(theirs.shape)}"
+                raise ValueError(f"MemoryBank: {name} must be {mine.dtype} {tuple(mine.shape)}, got {got}")
+        self._pending = None
+        for name in _PARTS:
+            getattr(self._ring, name).copy_(state[name])
+        self._last_ids = None
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to a safetensors file, atomically."""
+        header = {
+            "fingerprint": self.fingerprint,
+            "scope": self.scope,
+            "rows": self.rows,
+            "tokens": self.ring.chunks * self.ring.chunk_size,
+            "chunk_size": self.ring.chunk_size,
+        }
+        save_safetensors(self.state_dict(), path, {"longmem_memory": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path, fingerprint: str, device: torch.device | str = "cpu") -> MemoryBank:
+        """Read a memory back.
+
+        Raises:
+            ValueError: the file is no memory, or was made by another backbone or layer than `fingerprint` says.
+        """
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = (file.metadata() or {}).get("longmem_memory")
+            if header is None:
+                raise ValueError(f"MemoryBank.load: {path} is not a memory file")
+            about = json.loads(header)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if about["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"MemoryBank.load: {path} was written by another model: its backbone and layer are"
+                f" {about['fingerprint'] or 'unnamed'}, wanted {fingerprint}"
+            )
+        _, kv_heads, _, _, _, head_dim = state["store"].shape
+        bank = cls(
+            rows=about["rows"],
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            tokens=about["tokens"],
+            chunk_size=about["chunk_size"],
+            scope=about["scope"],
+            dtype=state["store"].dtype,
+            device=device,
+            fingerprint=fingerprint,
+        )
+        bank.load_state_dict(state)
+        return bank
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file so that `path` holds the old content or the new, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

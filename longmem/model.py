@@ -1,0 +1,241 @@
+"""LongMem: frozen backbone, SideNet and memory bank assembled into a model that trains, evaluates and generates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from .backbones.base import Backbone, BackboneCache, States
+from .backbones.layers import LayerCache
+from .config import LongMemConfig
+from .data.stream import IGNORE
+from .memory import MemoryBank, save_safetensors
+from .sidenet import SideNet
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits [B, T, vocabulary]; loss: mean negative log likelihood in nats of the targets, None without targets."""
+
+    logits: Tensor
+    loss: Tensor | None
+
+
+class LongMem(nn.Module):
+    """A frozen language model with a long-term memory (arXiv 2306.07174).
+
+    >>> model = LongMem(huggingface_backbone(hf_model), LongMemConfig(memory_layer=20))
+    >>> memory = model.new_memory(rows=1)
+    >>> for tokens, targets in segments:  # consecutive segments of one document
+    ...     model(tokens, memory, targets=targets).loss.backward()
+
+    Raises:
+        ValueError: the configuration does not fit the backbone.
+    """
+
+    def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
+        super().__init__()
+        config.check(len(backbone.layers))
+        self.backbone, self.config = backbone, config
+        self.sidenet = SideNet(backbone, config)
+        self.sidenet.to(backbone.device)
+        self.fingerprint = f"{backbone.fingerprint()}/layer{config.memory_layer}"
+
+    def forward(
+        self,
+        tokens: Tensor,
+        memory: MemoryBank | None = None,
+        *,
+        targets: Tensor | None = None,
+        new_document: Tensor | None = None,
+        mask: Tensor | None = None,
+        write: bool = True,
+    ) -> Output:
+        """One segment per row: encode, read memory, predict, then write the segment to memory.
+
+        Args:
+            tokens: [B, T] int64, T at most `config.segment`.
+            memory: the rows' memory, read and then changed in place; None for local context alone.
+            targets: [B, T] int64, the next tokens; -100 is ignored.
+            new_document: [B] bool, rows whose memory is emptied first.
+            mask: [B, T] bool, False keeps a token (padding) out of memory.
+            write: whether the segment is written to memory.
+
+        Raises:
+            ValueError: tokens that do not fit the model, or a memory that was made by another one.
+        """
+        self._check(tokens, memory)
+        if memory is not None and new_document is not None:
+            memory.reset(new_document)
+        states = self.backbone.encode(tokens, self.config.memory_layer, self.sidenet.depths)
+        return self.read_states(states, memory, targets=targets, mask=mask, write=write)
+
+    def read_states(
+        self,
+        states: States,
+        memory: MemoryBank | None,
+        *,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        write: bool = True,
+    ) -> Output:
+        """`forward` from the backbone's states on: training over cached states starts here."""
+        logits = self.logits(self.sidenet(states, memory))
+        loss = None
+        if targets is not None:
+            # In float32, and defined (zero) when every target is ignored.
+            total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            loss = total / (targets != IGNORE).sum().clamp(min=1)
+        # After the read, so that a segment never retrieves itself.
+        if memory is not None and write:
+            memory.write(states.key, states.value, mask)
+        return Output(logits, loss)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if self.sidenet.norm is None:
+            return self.backbone.logits(hidden)
+        return self.backbone.head(self.sidenet.norm(hidden))
+
+    def new_memory(self, rows: int, tokens: int | None = None) -> MemoryBank:
+        """An empty memory for `rows` batch rows; `tokens` overrides `config.memory_tokens`."""
+        layer = self.backbone.layer(self.config.memory_layer)
+        return MemoryBank(
+            rows=rows,
+            kv_heads=layer.kv_heads,
+            head_dim=layer.head_dim,
+            tokens=tokens or self.config.memory_tokens,
+            chunk_size=self.config.chunk_size,
+            scope=self.config.scope,
+            dtype=self.backbone.dtype,
+            device=self.backbone.device,
+            fingerprint=self.fingerprint,
+        )
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.sidenet.named_parameters() if parameter.requires_grad}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        memory: MemoryBank | None = None,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue tokens [B, n], n >= 1, yielding [B] int64 per step. Every full segment goes to memory.
+
+        Incremental: each step encodes one token, and equals the full forward of the same segments.
+
+        Args:
+            temperature: 0 takes the most likely token; otherwise samples from the logits divided by it.
+            top_p: samples from the smallest set of tokens whose probability reaches it.
+
+        Raises:
+            ValueError: sampling options out of range, or tokens that do not fit the model.
+        """
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"generate: wanted temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
+        self._check(tokens[:, : self.config.segment], memory)
+        decoder = SegmentDecoder(self, memory)
+        logits = decoder.feed(tokens)
+        for step in range(max_new_tokens):
+            if step:
+                logits = decoder.feed(chosen[:, None])
+            chosen = sample(logits, temperature, top_p, generator)
+            yield chosen
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and longmem.safetensors (SideNet only; the backbone is named, not copied)."""
+        about = {"config": self.config.to_dict(), "backbone": self.backbone.name, "fingerprint": self.fingerprint}
+        folder = Path(folder)
+        weights = {name: tensor.detach().cpu() for name, tensor in self.sidenet.state_dict().items()}
+        save_safetensors(weights, folder / "longmem.safetensors", {"longmem": json.dumps(about)})
+        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, backbone: Backbone) -> LongMem:
+        """Raises ValueError when the folder holds no LongMem, or one that was trained on another backbone."""
+        path = Path(folder) / "longmem.safetensors"
+        if not path.exists():
+            raise ValueError(f"LongMem.from_pretrained: no longmem.safetensors in {folder}")
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("longmem")
+            if header is None:
+                raise ValueError(f"LongMem.from_pretrained: {path} is not a LongMem checkpoint")
+            about = json.loads(header)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        model = cls(backbone, LongMemConfig.from_dict(about["config"]))
+        if about["fingerprint"] != model.fingerprint:
+            raise ValueError(
+                f"LongMem.from_pretrained: {folder} was trained on backbone {about['backbone']!r}"
+                f" ({about['fingerprint']}), got {backbone.name!r} ({model.fingerprint})"
+            )
+        model.sidenet.load_state_dict(weights)
+        return model
+
+    def _check(self, tokens: Tensor, memory: MemoryBank | None) -> None:
+        if tokens.dim() == 2 and tokens.shape[1] > self.config.segment:
+            raise ValueError(
+                f"LongMem: a segment holds at most {self.config.segment} tokens (config.segment), got {tokens.shape[1]}"
+            )
+        if memory is None:
+            return
+        if memory.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"LongMem: the memory was made by another model ({memory.fingerprint or 'unnamed'}), this one is"
+                f" {self.fingerprint}"
+            )
+        if memory.rows != tokens.shape[0]:
+            raise ValueError(f"LongMem: tokens must have the memory's {memory.rows} rows, got {tuple(tokens.shape)}")
+
+
+class SegmentDecoder:
+    """Feeds tokens a few at a time. A segment that is full goes to memory, and local context starts anew."""
+
+    def __init__(self, model: LongMem, memory: MemoryBank | None) -> None:
+        self.model, self.memory = model, memory
+        self._begin_segment()
+
+    def _begin_segment(self) -> None:
+        self.backbone_cache = BackboneCache()
+        self.caches = [LayerCache() for _ in self.model.sidenet.stack]
+        self.written: list[tuple[Tensor, Tensor]] = []
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """tokens [B, n], n >= 1 -> logits [B, vocabulary] after the last of them."""
+        model, segment = self.model, self.model.config.segment
+        while tokens.shape[1]:
+            start = self.backbone_cache.length
+            piece, tokens = tokens[:, : segment - start], tokens[:, segment - start :]
+            states = model.backbone.encode(
+                piece, model.config.memory_layer, model.sidenet.depths, self.backbone_cache
+            )
+            hidden = model.sidenet(states, self.memory, start=start, caches=self.caches)
+            self.written.append((states.key, states.value))
+            if self.backbone_cache.length == segment:
+                if self.memory is not None:
+                    key, value = (torch.cat(parts, 2) for parts in zip(*self.written, strict=True))
+                    self.memory.write(key, value)
+                self._begin_segment()
+        return model.logits(hidden[:, -1])
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Next tokens [B] from logits [B, vocabulary]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probability, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)
+    # A token is kept while what comes before it has not reached top_p: the first always is.
+    probability = probability.masked_fill(probability.cumsum(-1) - probability >= top_p, 0.0)
+    choice = torch.multinomial(probability, 1, generator=generator)
+    return order.gather(-1, choice).squeeze(-1)

@@ -1,0 +1,128 @@
+"""SideNet: the light network beside the frozen backbone, and the layer in it that reads memory."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .backbones.base import Backbone, States
+from .backbones.layers import DecoderLayer, LayerCache, merge_heads, split_heads
+from .config import LongMemConfig
+from .memory import MemoryBank
+
+
+class MemoryRead(nn.Module):
+    """Retrieval and fusion at one layer (LongMem, section 2.3).
+
+    Every token and head searches memory with its unrotated query, by inner product with the chunks' mean keys, and
+    attends to what it found together with its local context.
+
+    Args:
+        layer: the decoder layer that reads; its projections are where the read's own ones start.
+        own_projections: search, attend and project with trainable copies of the layer's query and output projections;
+            otherwise with the layer's own.
+    """
+
+    def __init__(self, layer: DecoderLayer, config: LongMemConfig, own_projections: bool) -> None:
+        super().__init__()
+        self.k, self.fusion = config.chunks_per_query, config.fusion
+        self.query = copy.deepcopy(layer.query) if own_projections else None
+        self.output = copy.deepcopy(layer.output) if own_projections else None
+        self.log_temperature = nn.Parameter(torch.zeros(layer.heads))
+        gate = torch.full((layer.heads,), config.gate_start)
+        self.gate = nn.Parameter(gate) if config.fusion == "gated" else None
+
+    def forward(
+        self,
+        memory: MemoryBank | None,
+        normed: Tensor,
+        query: Tensor,
+        unrotated_query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layer: DecoderLayer,
+    ) -> Tensor:
+        """normed [B, T, E], query [B, H, T, D], key and value [B, G, S, D] -> [B, T, E]."""
+        output = layer.output if self.output is None else self.output
+        if memory is None:
+            return output(merge_heads(layer.local_attention(query, key, value)))
+        if self.query is not None:
+            unrotated_query = split_heads(self.query(normed), layer.heads)
+            if layer.query_norm is not None:
+                unrotated_query = layer.query_norm(unrotated_query)
+        unrotated_query = (unrotated_query * self.log_temperature.exp()[:, None, None]).to(query.dtype)
+        chunk_ids, _ = memory.retrieve(unrotated_query, self.k)
+        fused = memory.attend(
+            query,
+            key,
+            value,
+            chunk_ids,
+            memory_query=unrotated_query,
+            gate=self.gate,
+            fusion=self.fusion,
+            alibi_slopes=layer.slopes,
+            window=layer.window,
+        )
+        return output(merge_heads(fused))
+
+
+class SideNet(nn.Module):
+    """The layers above (or beside) the frozen encoder, one of which reads memory.
+
+    With `sidenet="none"` they are the backbone's own layers from the memory layer up, frozen and not copied. Otherwise
+    layer i copies a backbone layer, starts from the embedding, and is joined to the backbone by cross-network residuals:
+    `x <- layer(x) + (H[b] - H[a])` with the depths (a, b) of `jumps[i]` (LongMem, section 2.2).
+    """
+
+    def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
+        super().__init__()
+        depth, f = len(backbone.layers), config.reduction
+        self.jumps: list[tuple[int, int]] = []
+        if config.sidenet == "none":
+            # A tuple, because these layers belong to the backbone: they are neither moved, saved nor trained from here.
+            self._borrowed = tuple(backbone.layer(i) for i in range(config.memory_layer, depth))
+            self.first, self.read_at = config.memory_layer, 0
+            self.norm = None
+        else:
+            source = 0 if config.sidenet == "exact" else f - 1
+            skipped_from = 1 if config.sidenet == "exact" else 0
+            self._borrowed = ()
+            self.layers = nn.ModuleList(copy.deepcopy(backbone.layer(f * i + source)) for i in range(depth // f))
+            self.jumps = [(f * i + skipped_from, f * i + f) for i in range(depth // f)]
+            if config.sidenet == "exact":
+                # Layers left over when f does not divide the depth are carried by the last residual.
+                self.jumps[-1] = (self.jumps[-1][0], depth)
+            self.first, self.read_at = 0, config.memory_layer // f
+            self.norm = copy.deepcopy(backbone.norm)
+        own_projections = config.trainable == "read"
+        self.requires_grad_(config.trainable == "all")
+        self.read = MemoryRead(self.stack[self.read_at], config, own_projections).requires_grad_(True)
+        # The read is what trains, and small updates vanish in low precision.
+        self.read.float()
+        if config.trainable == "all":
+            self.float()
+
+    @property
+    def stack(self) -> tuple[DecoderLayer, ...]:
+        return self._borrowed or tuple(self.layers)  # type: ignore[arg-type]
+
+    @property
+    def depths(self) -> set[int]:
+        """The depths of the backbone's hidden states that `forward` needs."""
+        return {self.first}.union(*self.jumps)
+
+    def forward(
+        self, states: States, memory: MemoryBank | None, *, start: int = 0, caches: list[LayerCache] | None = None
+    ) -> Tensor:
+        """Hidden states of one segment -> output of the last layer [B, T, E], before the final norm."""
+        x = states.hidden[self.first]
+        for i, layer in enumerate(self.stack):
+            fuse = partial(self.read, memory) if i == self.read_at else None
+            x = layer(x, start=start, cache=caches[i] if caches is not None else None, fuse=fuse)
+            if self.jumps:
+                before, after = self.jumps[i]
+                x = x + (states.hidden[after] - states.hidden[before])
+        return x
