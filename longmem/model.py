@@ -98,6 +98,13 @@ class LongMem(nn.Module):
             memory.write(states.key, states.value, mask)
         return Output(logits, loss)
 
+    def remember(self, tokens: Tensor, memory: MemoryBank) -> None:
+        """Write tokens [B, n] of any length to memory, segment by segment, without predicting anything."""
+        for piece in tokens.split(self.config.segment, 1):
+            self._check(piece, memory)
+            states = self.backbone.encode(piece, self.config.memory_layer, ())
+            memory.write(states.key, states.value)
+
     def logits(self, hidden: Tensor) -> Tensor:
         if self.sidenet.norm is None:
             return self.backbone.logits(hidden)

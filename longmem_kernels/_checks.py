@@ -36,6 +36,8 @@ class Sizes:
     def bind(self, name: str, tensor: Tensor, symbols: str) -> None:
         """Check that `tensor` has the axes named in `symbols` (space separated) and the sizes bound so far.
 
+        A number among the symbols is a size of its own.
+
         Raises:
             TypeError: not a tensor.
             ValueError: wrong rank, or a size that contradicts an earlier argument.
@@ -47,7 +49,10 @@ class Sizes:
         if len(shape) != len(axes):
             raise ValueError(f"{self.op}: {name} must have {len(axes)} axes [{', '.join(axes)}], got shape {shape}")
         for symbol, size in zip(axes, shape, strict=True):
-            if symbol not in self.size:
+            if symbol.isdigit():
+                if size != int(symbol):
+                    raise ValueError(f"{self.op}: {name} must be [{', '.join(axes)}], got shape {shape}")
+            elif symbol not in self.size:
                 self.size[symbol], self.origin[symbol] = size, name
             elif self.size[symbol] != size:
                 raise ValueError(
@@ -106,3 +111,8 @@ def check_ring_index(op: str, ring_index: Tensor | None, sizes: Sizes) -> None:
     sizes.bind("ring_index", ring_index, "B")
     check_dtype(op, "ring_index", ring_index, (torch.int32,))
     check_range(op, "ring_index", ring_index, 0, rings)
+
+
+def packed(tensor: Tensor | None) -> Tensor | None:
+    """A small vector argument with unit stride, which is how kernels read it: `tensor[::2]` and `expand` have another."""
+    return None if tensor is None else tensor.contiguous()

@@ -39,7 +39,7 @@ def why_unavailable(op: str, impl: str, device: str) -> str | None:
         return None
     if _extension.extension is None:
         return _extension.load_error
-    if impl == "cuda" and not _extension.has_cuda_kernels():
+    if impl == "cuda" and not _extension.cuda_kernels:
         return "the extension was built without CUDA (no nvcc was found, or LONGMEM_BUILD=cpu)"
     wanted = {"cpp": "cpu", "cuda": "cuda"}[impl]
     return None if device == wanted else f"the {impl} kernel runs on {wanted} tensors, not on {device}"

@@ -10,11 +10,13 @@ library = torch.library.Library("longmem", "DEF")
 
 extension: ModuleType | None = None
 load_error: str | None = None
+# Asked once: torch.compile cannot trace a call into the extension module.
+cuda_kernels = False
 
 
 def load_extension() -> None:
     """Load `longmem_kernels._C` once the op schemas exist. A failure is kept, for `python -m longmem_kernels.info`."""
-    global extension, load_error
+    global extension, load_error, cuda_kernels
     try:
         from . import _C
     except ImportError as error:
@@ -24,12 +26,9 @@ def load_extension() -> None:
         )
     else:
         extension = _C
+        cuda_kernels = bool(build_info()["cuda"])
 
 
 def build_info() -> dict[str, str]:
     """Version, compiler, SIMD level and CUDA architectures of the compiled extension; empty without one."""
     return dict(extension.build_info()) if extension is not None else {}
-
-
-def has_cuda_kernels() -> bool:
-    return bool(build_info().get("cuda"))

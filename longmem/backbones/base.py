@@ -100,11 +100,12 @@ class Backbone(nn.Module):
         start = cache.length if cache is not None else 0
         x = self.embed(tokens)
         hidden = {0: x} if 0 in depths else {}
-        for i in range(max(*depths, memory_layer + 1)):
+        highest = max(depths, default=0)
+        for i in range(max(highest, memory_layer + 1)):
             layer = self.layer(i)
             if i == memory_layer:
                 key, value = layer.project_memory(layer.input_norm(x))
-                if i >= max(depths):
+                if i >= highest:
                     break
             x = layer(x, start=start, cache=cache.layers.setdefault(i, LayerCache()) if cache is not None else None)
             if i + 1 in depths:

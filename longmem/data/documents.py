@@ -198,6 +198,7 @@ def _document_of(name: str, value: object, text_field: str) -> Document | Skippe
     return Document(name, _plain_line_ends(value))
 
 
+CORPORA = ("shakespeare", "sotu")
 # Held out are works that stand alone: none of their persons appears in a work that is trained on, as those of the
 # histories, of the two plays with Antony and of the three with Falstaff do. The package's First Folio editions of all
 # plays are never fetched. Cymbeline, which stands alone too, is trained on because its third and fourth acts are
@@ -229,7 +230,7 @@ def named_corpus(name: str) -> Corpus:
     elif name == "sotu":
         suffix, valid, test = "", SOTU_VALID, SOTU_TEST
     else:
-        raise ValueError(f"named_corpus: wanted 'shakespeare' or 'sotu', got {name!r}")
+        raise ValueError(f"named_corpus: wanted one of {', '.join(CORPORA)}, got {name!r}")
     corpus = Corpus([], [], [])
     for path in sorted(fetch(name).glob("*.txt")):
         work = path.stem.removesuffix(suffix)

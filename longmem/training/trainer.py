@@ -16,7 +16,7 @@ from torch import Tensor
 from longmem.data.stream import Batch, SegmentStream
 from longmem.memory import MemoryBank
 from longmem.model import LongMem
-from longmem.precision import autocast
+from longmem.precision import PRECISIONS, autocast
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .states import StateSource
@@ -54,6 +54,8 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig: {name} must be above 0, got {getattr(self, name)}")
         if self.warmup < 0 or self.weight_decay < 0:
             raise ValueError("TrainConfig: warmup and weight_decay must not be negative")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"TrainConfig: precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, ..."""
@@ -86,6 +88,7 @@ class Trainer:
         self.step = 0
         if self.checkpoint.exists():
             self._load()
+        self._truncate_metrics()
 
     @property
     def checkpoint(self) -> Path:
@@ -119,7 +122,7 @@ class Trainer:
         with autocast(self.config.precision, self.model.backbone.device):
             output = self.model.read_states(self.states(batch), self.memory, targets=batch.targets, mask=batch.mask)
         assert output.loss is not None
-        loss = float(output.loss)
+        loss = output.loss.item()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"Trainer: the loss of step {self.step + 1} is {loss}; lower learning_rate, or clip, and run again:"
@@ -143,10 +146,10 @@ class Trainer:
             "gradient_norm": norm,
             "tokens": int(batch.mask.sum()),
             "tokens_per_second": int(batch.mask.sum()) / seconds,
-            "temperature": float(read.log_temperature.exp().mean()),
+            "temperature": read.log_temperature.exp().mean().item(),
         }
         if read.gate is not None:
-            metrics["gate"] = float(read.gate.sigmoid().mean())
+            metrics["gate"] = read.gate.sigmoid().mean().item()
         return metrics | {f"memory_{name}": value for name, value in self.memory.stats().items()}
 
     def _identity(self) -> dict[str, Any]:
@@ -180,7 +183,6 @@ class Trainer:
         self.stream.load_state_dict(about["stream"])
         torch.set_rng_state(tensors["rng"])
         self.step = about["step"]
-        self._truncate_metrics()
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         state = self.optimizer.state_dict()
@@ -191,7 +193,7 @@ class Trainer:
         self.optimizer.load_state_dict(state)
 
     def _truncate_metrics(self) -> None:
-        """Steps after the checkpoint will be run again: their lines go."""
+        """Steps after the checkpoint (all, where there is none) will be run again: their lines go."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return

@@ -13,6 +13,7 @@ from .._checks import (
     check_last_axis_contiguous,
     check_range,
     check_ring_index,
+    packed,
 )
 from .._dispatch import choose
 from .reference import chunk_topk_reference
@@ -69,6 +70,7 @@ def chunk_topk(
     check_range(op, "count", count, 0, sizes["M"] + 1)
 
     query, centroid = query.detach(), centroid.detach()
+    count, ring_index = count.contiguous(), packed(ring_index)
     name = choose(op, impl, query.device, (query.dtype, centroid.dtype), sizes["D"])
     if name == "reference":
         return chunk_topk_reference(query, centroid, count, ring_index, k)

@@ -13,6 +13,7 @@ from .._checks import (
     check_last_axis_contiguous,
     check_range,
     check_ring_index,
+    packed,
 )
 from .._dispatch import choose
 from .reference import memory_attention_reference
@@ -86,17 +87,20 @@ def memory_attention(
         raise ValueError(f"{op}: S must be at least T, got S={sizes['S']} keys for T={sizes['T']} queries")
     if gate is not None:
         sizes.bind("gate", gate, "H")
+        check_dtype(op, "gate", gate, COMPUTE_DTYPES)
     if alibi_slopes is not None:
         sizes.bind("alibi_slopes", alibi_slopes, "H")
+        check_dtype(op, "alibi_slopes", alibi_slopes, COMPUTE_DTYPES)
     check_ring_index(op, ring_index, sizes)
+    check_dtype(op, "chunk_ids", chunk_ids, (torch.int32,))
     check_range(op, "chunk_ids", chunk_ids, -1, sizes["M"])
     _check_options(op, fusion, gate, causal, window)
     _check_tensors(op, query, key, value, memory_query, memory_key, memory_value)
-    check_dtype(op, "chunk_ids", chunk_ids, (torch.int32,))
     check_device(
         op, query.device, chunk_ids=chunk_ids, ring_index=ring_index, gate=gate, alibi_slopes=alibi_slopes
     )
     scale = sizes["D"] ** -0.5 if scale is None else float(scale)
+    ring_index, gate, alibi_slopes = packed(ring_index), packed(gate), packed(alibi_slopes)
 
     name = choose(op, impl, query.device, (query.dtype, memory_key.dtype), sizes["D"])
     arguments = (query, key, value, memory_query, memory_key, memory_value, chunk_ids, ring_index, gate, alibi_slopes)

@@ -15,7 +15,7 @@ from .._checks import (
     packed,
 )
 from .._dispatch import choose
-from ..ring import Ring
+from ..ring import MAX_CHUNK_SIZE, Ring
 from .reference import ring_write_reference
 
 
@@ -52,7 +52,7 @@ def ring_write(
     if not isinstance(ring, Ring):
         raise TypeError(f"{op}: ring must be a longmem_kernels.Ring, got {type(ring).__name__}")
     sizes = Sizes(op)
-    sizes.bind("ring.store", ring.store, "R G M 2 C D")
+    _check_ring(op, ring, sizes)
     sizes.bind("key", key, "B G T D")
     sizes.bind("value", value, "B G T D")
     check_dtype(op, "key", key, COMPUTE_DTYPES)
@@ -61,7 +61,6 @@ def ring_write(
     check_device(op, ring.store.device, key=key, value=value, ring_index=ring_index, mask=mask)
     check_last_axis_contiguous(op, key=key, value=value)
     check_ring_index(op, ring_index, sizes)
-    _check_contiguous(op, store=ring.store, centroid=ring.centroid, tail=ring.tail, cursor=ring.cursor)
     if mask is not None:
         sizes.bind("mask", mask, "B T")
         check_dtype(op, "mask", mask, (torch.bool,))
@@ -78,7 +77,22 @@ def ring_write(
             torch.autograd.graph.increment_version((ring.store, ring.centroid))
 
 
-def _check_contiguous(op: str, **parts: Tensor) -> None:
+def _check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
+    """Kernels write through bare pointers into all four tensors: each must have the size and dtype they count on."""
+    sizes.bind("ring.store", ring.store, "R G M 2 C D")
+    sizes.bind("ring.centroid", ring.centroid, "R G M D")
+    sizes.bind("ring.tail", ring.tail, "R G 2 C D")
+    sizes.bind("ring.cursor", ring.cursor, "R")
+    sizes.positive("R", "G", "M", "C", "D")
+    if sizes["C"] > MAX_CHUNK_SIZE:
+        raise ValueError(f"{op}: chunks of ring.store must have at most {MAX_CHUNK_SIZE} tokens, got C = {sizes['C']}")
+    check_dtype(op, "ring.store", ring.store, COMPUTE_DTYPES)
+    check_dtype(op, "ring.centroid", ring.centroid, (ring.store.dtype,))
+    check_dtype(op, "ring.tail", ring.tail, (ring.store.dtype,))
+    check_dtype(op, "ring.cursor", ring.cursor, (torch.int64,))
+    parts = {"ring.store": ring.store, "ring.centroid": ring.centroid, "ring.tail": ring.tail, "ring.cursor": ring.cursor}
     for name, tensor in parts.items():
+        if tensor.device != ring.store.device:
+            raise ValueError(f"{op}: {name} must be on {ring.store.device} like ring.store, got {tensor.device}")
         if not tensor.is_contiguous():
-            raise ValueError(f"{op}: ring.{name} must be contiguous, got strides {tuple(tensor.stride())}")
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {tuple(tensor.stride())}")

@@ -1,0 +1,44 @@
+# make quickstart   sets everything up, trains a memory around SmolLM2-135M on real texts, prints what it is worth
+# make test         sets everything up, runs all tests
+# Settings: PYTHON=python3.12, TORCH=torch==2.11.0 (any 2.11 or later), ARGS="--data my-texts" for quickstart.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml longmem_kernels/_version.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.PHONY: quickstart test lint format bench clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/longmem quickstart $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+
+bench: $(VENV)/installed
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# PyTorch first and pinned: what follows must not choose another one, and the extension is built against it.
+$(VENV)/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" "pybind11>=2.12" numpy
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[triton,model,bench,test,lint]"
+	$(BIN)/python -m longmem_kernels.info
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info longmem_kernels/_C*.so

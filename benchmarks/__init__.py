@@ -1,0 +1,1 @@
+"""Benchmarks under pytest-benchmark: `pytest benchmarks/`, then `python -m benchmarks.report` (see conftest.py)."""

@@ -1,0 +1,35 @@
+"""Backbones by name, for the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .base import Backbone
+from .huggingface import huggingface_backbone
+
+# The layer whose memory helped most where it was measured (docs/decisions.md); elsewhere two thirds of the depth.
+MEASURED_MEMORY_LAYER = {"smollm2": 20}
+
+
+def load_backbone(name: str, device: str | torch.device = "cpu") -> tuple[Backbone, Any]:
+    """A backbone and its tokenizer: "smollm2", or the folder or hub name of a `transformers` causal language model.
+
+    Raises:
+        ValueError: the model's architecture is not supported.
+        OSError: there is no such model (from `transformers`).
+    """
+    if name == "smollm2":
+        from .smollm2 import load_smollm2
+
+        model, tokenizer = load_smollm2()
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    return huggingface_backbone(model, name).to(device), tokenizer
+
+
+def default_memory_layer(backbone: Backbone) -> int:
+    return MEASURED_MEMORY_LAYER.get(backbone.name, len(backbone.layers) * 2 // 3)

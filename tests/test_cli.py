@@ -1,0 +1,128 @@
+"""The command line on a tiny model: train, eval, generate, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from models import VOCABULARY
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from longmem import cli
+
+WORDS = [f"w{i}" for i in range(VOCABULARY - 1)]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a word tokenizer, saved as transformers saves models."""
+    folder = tmp_path_factory.mktemp("backbone")
+    words = {word: i for i, word in enumerate(["<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.txt").write_text(" ".join(WORDS[(i * 31 + j * 7) % 40] for j in range(200)), encoding="utf-8")
+    return folder
+
+
+def run(*arguments: str | Path) -> int:
+    """What the command exits with."""
+    before, sys.argv = sys.argv, ["longmem", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def train(backbone: Path, texts: Path, out: Path, *more: str) -> int:
+    small = ["--segment", "16", "--memory-tokens", "64", "--chunks-per-query", "3", "--steps", "4", "--rows", "2"]
+    return run("train", "--backbone", backbone, "--data", texts, "--out", out, *small, "--precision", "float32", *more)
+
+
+def test_train_then_eval_then_generate(
+    backbone: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(backbone, texts, out, "--cache-states") == 0
+    shown = capsys.readouterr()
+    assert "chunk_topk: cpp" in shown.err and "frozen parameters" in shown.err and "memory=" in shown.err
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+    assert run("eval", "--run", out, "--data", texts, "--score-from", "64", "--document-tokens", "160") == 0
+    assert "memory - other memory" in capsys.readouterr().out
+    report = json.loads((out / "perplexity.json").read_text())
+    assert report["scores"].keys() == {"backbone", "empty memory", "memory", "other memory"}
+    assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+
+    arguments = ["--run", out, "--prompt", "w1 w2", "--remember", texts / "0.txt", "--max-new-tokens", "20"]
+    assert run("generate", *arguments) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("w1 w2") and len(shown.out.split()) == 22
+    assert "memory: 64 tokens, 100% full" in shown.err
+
+
+def test_training_goes_on_where_it_was(
+    backbone: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert train(backbone, texts, tmp_path / "run") == 0
+    assert "continuing from step 4" in capsys.readouterr().err
+
+
+def test_skipped_files_are_named_with_the_reason(
+    backbone: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (texts / "empty.txt").write_text("")
+    (texts / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    (texts / "short.txt").write_text("w1 w2 w3")
+    assert train(backbone, texts, tmp_path / "run") == 0
+    shown = capsys.readouterr().err
+    for name, reason in (("empty.txt", "empty"), ("latin.txt", "UTF-8"), ("short.txt", "3 tokens, wanted at least 17")):
+        assert any(name in line and reason in line for line in shown.splitlines()), (name, shown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "--run", "{out}", "--data", "{texts}"], "no trained LongMem in"),
+        (["train", "--backbone", "{backbone}", "--data", "{out}/nothing.txt", "--out", "{out}"], "nothing.txt"),
+        (["train", "--backbone", "{backbone}", "--data", "{texts}", "--out", "{out}", "--fusion", "sum"], "got 'sum'"),
+        (["train", "--backbone", "{backbone}", "--data", "{texts}", "--out", "{out}", "--steps", "0"], "steps must be"),
+        (["train", "--backbone", "{backbone}", "--data", "{texts}", "--out", "{out}", "--precision", "x"], "got 'x'"),
+    ],
+)
+def test_errors_are_printed_not_traced(
+    arguments: list[str],
+    message: str,
+    backbone: Path,
+    texts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"out": tmp_path / "run", "texts": texts, "backbone": backbone}
+    assert run(*(argument.format(**places) for argument in arguments)) != 0
+    shown = capsys.readouterr().err
+    assert "error:" in shown and message in shown and "Traceback" not in shown

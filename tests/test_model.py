@@ -1,0 +1,225 @@
+"""LongMem: starts at the backbone, reads what was written, decodes what it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, VOCABULARY, tiny_backbone, tiny_longmem
+
+from longmem import LongMem, LongMemConfig
+from longmem.model import SegmentDecoder, sample
+
+
+def tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (rows, length))
+
+
+def backbone_logits(model: LongMem, ids: torch.Tensor) -> torch.Tensor:
+    depth = len(model.backbone.layers)
+    return model.backbone.logits(model.backbone.encode(ids, 2, {depth}).hidden[depth])
+
+
+@pytest.mark.parametrize("fusion", ["joint", "gated"])
+@pytest.mark.parametrize("sidenet", ["none", "exact"])
+@pytest.mark.parametrize("family", [*FAMILIES, "paper"])
+def test_untrained_with_empty_memory_the_output_is_the_backbones(family: str, sidenet: str, fusion: str) -> None:
+    model = tiny_longmem(family, sidenet=sidenet, fusion=fusion)
+    ids = tokens(2, 12)
+    for memory in (None, model.new_memory(2)):
+        torch.testing.assert_close(model(ids, memory).logits, backbone_logits(model, ids), atol=2e-5, rtol=1e-4)
+
+
+def test_paper_start_copies_and_adds_what_the_paper_says() -> None:
+    model = tiny_longmem("paper", sidenet="paper", trainable="all", fusion="gated", memory_layer=3)
+    assert model.sidenet.jumps == [(0, 2), (2, 4)] and model.sidenet.read_at == 1
+    copied = [model.backbone.layer(1), model.backbone.layer(3)]
+    for mine, theirs in zip(model.sidenet.stack, copied, strict=True):
+        assert torch.equal(mine.query.weight, theirs.query.weight)
+    assert torch.equal(model.sidenet.read.gate, torch.zeros(6))
+    ids = tokens(1, 12)
+    states = model.backbone.encode(ids, 3, {0, 2, 4})
+    x = copied[0](states.hidden[0]) + states.hidden[2] - states.hidden[0]
+    x = copied[1](x) + states.hidden[4] - states.hidden[2]
+    torch.testing.assert_close(model(ids).logits, model.backbone.logits(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", [1, 2, 3, 5])
+def test_exact_start_holds_for_reductions_that_do_not_divide_the_depth(reduction: int) -> None:
+    model = tiny_longmem(sidenet="exact", reduction=reduction)
+    ids = tokens(1, 12)
+    torch.testing.assert_close(model(ids).logits, backbone_logits(model, ids), atol=2e-5, rtol=1e-4)
+
+
+def test_a_segment_does_not_retrieve_itself_but_the_next_one_does() -> None:
+    model = tiny_longmem()
+    memory = model.new_memory(1)
+    ids = tokens(1, 12)
+    without = model(ids).logits
+    torch.testing.assert_close(model(ids, memory).logits, without)
+    assert (model(ids, memory).logits - without).abs().max() > 1e-3
+
+
+def test_reading_only_leaves_memory_alone() -> None:
+    model = tiny_longmem()
+    memory = model.new_memory(1)
+    model(tokens(1, 12), memory)
+    before = memory.state_dict()
+    model(tokens(1, 12), memory, write=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in memory.state_dict().items())
+
+
+def test_a_new_document_starts_with_an_empty_memory() -> None:
+    model = tiny_longmem()
+    memory = model.new_memory(2)
+    model(tokens(2, 12), memory)
+    ids = tokens(2, 12)
+    out = model(ids, memory, new_document=torch.tensor([True, False])).logits
+    fresh = model(ids).logits
+    torch.testing.assert_close(out[0], fresh[0], atol=1e-5, rtol=1e-4)
+    assert (out[1] - fresh[1]).abs().max() > 1e-3
+
+
+def test_rows_do_not_see_each_other() -> None:
+    model = tiny_longmem()
+    together, alone = model.new_memory(2), model.new_memory(1)
+    for ids in tokens(2, 36).split(12, 1):
+        both, one = model(ids, together).logits, model(ids[:1], alone).logits
+        torch.testing.assert_close(both[:1], one, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fusion": "gated"},
+        {"sidenet": "exact"},
+        {"sidenet": "paper", "trainable": "all", "memory_layer": 3, "fusion": "gated"},
+    ],
+)
+def test_every_trained_parameter_and_no_other_gets_a_gradient(options: dict[str, Any]) -> None:
+    model = tiny_longmem(**options)
+    memory = model.new_memory(2)
+    model(tokens(2, 12), memory)
+    ids = tokens(2, 13)
+    loss = model(ids[:, :-1], memory, targets=ids[:, 1:]).loss
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if name.removeprefix("sidenet.") in model.trainable():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_ignored_targets_do_not_count() -> None:
+    model, ids = tiny_longmem(), tokens(1, 13)
+    targets = ids[:, 1:].clone()
+    targets[:, 4:] = -100
+    torch.testing.assert_close(model(ids[:, :-1], targets=targets).loss, model(ids[:, :4], targets=ids[:, 1:5]).loss)
+    assert model(ids[:, :-1], targets=torch.full_like(targets, -100)).loss == 0
+
+
+@pytest.mark.parametrize("sidenet", ["none", "exact"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "paper"])
+def test_decoding_equals_the_full_forward(family: str, sidenet: str) -> None:
+    model = tiny_longmem(family, sidenet=sidenet)
+    ids = tokens(2, 40)
+    memory = model.new_memory(2)
+    with torch.no_grad():
+        full = torch.cat([model(piece, memory).logits for piece in ids.split(12, 1)], 1)
+        decoder = SegmentDecoder(model, model.new_memory(2))
+        steps = [decoder.feed(piece) for piece in ids.split([5, *[1] * 9, 17, *[1] * 9], 1)]
+    ends = torch.tensor([5, *range(6, 15), 31, *range(32, 41)]) - 1
+    torch.testing.assert_close(torch.stack(steps, 1), full[:, ends], atol=2e-5, rtol=1e-4)
+
+
+def test_generation_is_greedy_at_temperature_zero_and_seeded_above() -> None:
+    model, prompt = tiny_longmem(), tokens(2, 7)
+    greedy = torch.stack(list(model.generate(prompt, model.new_memory(2), max_new_tokens=15)), 1)
+    memory, ids = model.new_memory(2), torch.cat([prompt, greedy], 1)
+    full = torch.cat([model(piece, memory).logits for piece in ids.split(12, 1)], 1)
+    assert torch.equal(full[:, 6:-1].argmax(-1), greedy)
+
+    def sampled(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "generator": generator}
+        return [step.tolist() for step in model.generate(prompt, model.new_memory(2), **options)]
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
+    assert set(sample(logits, 1.0, 0.5, None).tolist()) == {0}
+    assert set(sample(logits, 1.0, 0.51, None).tolist()) == {0, 1}
+    assert set(sample(logits, 1.0, 1.0, None).tolist()) == {0, 1, 2, 3}
+
+
+def test_remembering_equals_walking() -> None:
+    model, ids = tiny_longmem(), tokens(1, 30)
+    walked, remembered = model.new_memory(1), model.new_memory(1)
+    for piece in ids.split(12, 1):
+        model(piece, walked)
+    model.remember(ids, remembered)
+    for name, tensor in walked.state_dict().items():
+        torch.testing.assert_close(remembered.state_dict()[name], tensor)
+
+
+def test_a_saved_model_comes_back_on_its_backbone_and_on_no_other(tmp_path: Path) -> None:
+    model = tiny_longmem(fusion="gated")
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    again = LongMem.from_pretrained(tmp_path, model.backbone)
+    ids = tokens(1, 12)
+    memories = [m.new_memory(1) for m in (model, again)]
+    for _ in range(2):
+        first, second = (m(ids, memory).logits for m, memory in zip((model, again), memories, strict=True))
+        assert torch.equal(first, second)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 50_000, "the backbone must not be saved"
+    with pytest.raises(ValueError, match="was trained on backbone 'llama'"):
+        LongMem.from_pretrained(tmp_path, tiny_backbone("qwen2"))
+    with pytest.raises(ValueError, match=r"no longmem\.safetensors"):
+        LongMem.from_pretrained(tmp_path / "nowhere", model.backbone)
+
+
+def test_a_memory_of_another_model_is_refused() -> None:
+    model, other = tiny_longmem(), tiny_longmem(memory_layer=3)
+    with pytest.raises(ValueError, match="made by another model"):
+        model(tokens(1, 12), other.new_memory(1))
+    with pytest.raises(ValueError, match="the memory's 2 rows"):
+        model(tokens(1, 12), model.new_memory(2))
+    with pytest.raises(ValueError, match="at most 12 tokens"):
+        model(tokens(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_layer": 5}, r"memory_layer must lie in \[0, 5\), got 5"),
+        ({"sidenet": "twin"}, "one of none, exact, paper, got 'twin'"),
+        ({"fusion": "sum"}, "joint or gated, got 'sum'"),
+        ({"trainable": "all"}, "needs a SideNet"),
+        ({"sidenet": "exact", "reduction": 0}, r"reduction must lie in \[1, 5\], got 0"),
+        ({"sidenet": "exact", "memory_layer": 4}, "above the last SideNet layer"),
+        ({"memory_tokens": 63}, "multiple of chunk_size, got 63"),
+        ({"chunks_per_query": 0}, "chunks_per_query must be at least 1, got 0"),
+    ],
+)
+def test_bad_configurations_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_longmem(**options)
+
+
+def test_unknown_configuration_keys_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown keys colour"):
+        LongMemConfig.from_dict({"memory_layer": 1, "colour": "red"})
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_bad_sampling_options_are_named(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="temperature >= 0 and 0 < top_p <= 1"):
+        next(tiny_longmem().generate(tokens(1, 3), max_new_tokens=1, **options))

@@ -1,0 +1,76 @@
+"""Every Triton kernel compiles to sm_80 and sm_90 machine code within its budget, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton_budget import LOCAL_BYTES, REGISTERS, SHARED_BYTES, Launch, compile_for, launches
+
+import longmem_kernels  # noqa: F401  (declares the ops)
+from longmem_kernels._dispatch import _interpreted
+
+pytestmark = pytest.mark.skipif(_interpreted, reason="TRITON_INTERPRET=1: interpreted kernels cannot be compiled")
+
+CASES = {
+    "base": {},
+    "head_dim_128": {"D": 128},
+    "head_dim_256": {"D": 256},
+    "float32": {"dtype": torch.float32},
+    "float32_head_dim_256": {"dtype": torch.float32, "D": 256},
+    "float32_bank": {"bank_dtype": torch.float32, "D": 80, "C": 3},
+    "decode": {"T": 1, "R": 1, "B": 1, "G": 1, "causal": False},
+    "joint_window": {"fusion": "joint", "window": 128, "slopes": True, "K": 64, "C": 64},
+}
+
+
+def op_launches(
+    dtype: torch.dtype = torch.bfloat16,
+    bank_dtype: torch.dtype | None = None,
+    B: int = 2,
+    T: int = 64,
+    R: int = 2,
+    G: int = 2,
+    D: int = 64,
+    K: int = 16,
+    C: int = 4,
+    fusion: str = "gated",
+    causal: bool = True,
+    window: int | None = None,
+    slopes: bool = False,
+) -> list[Launch]:
+    """What chunk_topk and memory_attention, forward and backward, launch at these sizes."""
+    H, S, M = 4, 256, 1024
+    bank_dtype = bank_dtype or dtype
+
+    def local(heads: int, tokens: int) -> torch.Tensor:
+        return torch.zeros(B, heads, tokens, D, dtype=dtype)
+
+    bank = torch.empty(R, G, M, 2, C, D, dtype=bank_dtype).select(3, 0)  # laid out as in a Ring
+    centroid = torch.zeros(R, G, M, D, dtype=bank_dtype)
+    ids = torch.zeros(B, H, T, K, dtype=torch.int32)
+    gate = torch.zeros(H) if fusion == "gated" else None
+    inputs = (local(H, T), local(G, S), local(G, S), local(H, T), bank, bank, ids, None, gate)
+    options = (torch.zeros(H) if slopes else None, fusion, D**-0.5, causal, window)
+    ops = torch.ops.longmem
+    with launches() as found:
+        ops.chunk_topk_triton(local(H, T), centroid, torch.zeros(R, dtype=torch.int32), None, K)
+        _, *saved = ops.memory_attention_triton(*inputs, *options)
+        ops.memory_attention_backward_triton(local(H, T), *inputs, *options, *saved)
+    return found
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_BYTES))
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_within_budget(case: str, capability: int, record_property: pytest.RecordProperty) -> None:
+    over = []
+    for launch in op_launches(**CASES[case]):
+        usage = compile_for(launch, capability)
+        record_property(launch.name, str(usage))
+        print(f"{case:22} sm_{capability} {launch.name:42} {usage}")
+        fits = usage.local_bytes <= LOCAL_BYTES and usage.registers <= REGISTERS
+        if not (fits and usage.shared_bytes <= SHARED_BYTES[capability]):
+            over.append(f"{launch.name}: {usage}")
+    assert not over, "\n".join(over)

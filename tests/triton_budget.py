@@ -1,0 +1,100 @@
+"""Compile the Triton kernels that an op launches, for a GPU that need not be there, and read what the code will use.
+
+`launches` runs an op on CPU tensors and notes every kernel launch in place of running it, so that what is compiled is
+what the op asks for: same tile sizes, same warps, same specialisation.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+# Shared memory a block can have, and registers of a thread.
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
+REGISTERS = 255
+# The tiles are chosen for Triton 3.9; the compiler of 3.6 leaves up to two values of a thread in local memory.
+LOCAL_BYTES = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 16
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: the kernel, its arguments by name, and its compile options."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@dataclass(frozen=True)
+class Usage:
+    registers: int
+    local_bytes: int  # spilled registers and stack, per thread
+    shared_bytes: int
+
+
+@contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """A list that collects the kernel launches of the block instead of running them."""
+    found: list[Launch] = []
+
+    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        arguments.update((name, value) for name, value in kwargs.items() if name in kernel.arg_names)
+        options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+        found.append(Launch(kernel, arguments, options))
+
+    with mock.patch.object(JITFunction, "run", note):
+        yield found
+
+
+def compile_for(launch: Launch, capability: int) -> Usage:
+    """Machine code of the launch for sm_`capability`, and what it uses."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        # As at a real launch: None and 1 are compiled in, and what 16 divides is known to be so.
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name], divisible = "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name], divisible = "fp32", False
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _usage(cubin: bytes, shared_bytes: int) -> Usage:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    return Usage(used["REG"], used["STACK"] + used["LOCAL"], shared_bytes)
