@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from longmem.bench import environment
-from longmem.bench.measure import Case, GateError, Row, Unavailable, rounds_within, summarise
+from longmem.bench.measure import Case, CoreClock, GateError, Row, Unavailable, rounds_within, summarise
 from longmem.bench.providers import Provider, providers
 from longmem.bench.shapes import Shape, shapes_for
 
@@ -81,10 +81,12 @@ def run_benchmark(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[s
                 pytest.skip(str(why))
             raise
         peak = case.peak_bytes(provider, call)
-        benchmark.pedantic(call, rounds=rounds_within(call, _SECONDS_PER_PROVIDER), iterations=1)
+        rounds = rounds_within(call, _SECONDS_PER_PROVIDER)
+        with CoreClock() as clock:
+            benchmark.pedantic(call, rounds=rounds, iterations=1)
         if benchmark.stats is not None:  # None under --benchmark-disable
             taken = summarise(benchmark.stats.stats.data)
-            benchmark.extra_info.update(case.row(provider, peak_bytes=peak, **taken).as_dict())
+            benchmark.extra_info.update(case.row(provider, peak_bytes=peak, cores=clock.cores, **taken).as_dict())
 
     return run
 

@@ -12,6 +12,8 @@ from longmem.bench import Row, plot, table
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """What the run depended on, and its rows: those timed, then those that could not be, sorted into their groups."""
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist: nothing was timed, or the benchmarks did not run")
     result = json.loads(path.read_text())
     if "not_timed" not in result or "longmem" not in result.get("machine_info", {}):
         raise SystemExit(f"{path} was not written by `pytest benchmarks/ --benchmark-json {path}`")

@@ -1,4 +1,4 @@
-"""Fusion: attention to the local window and to retrieved chunks, forward, and forward with backward. See conftest.py for how to run it."""
+"""Fusion: local and memory attention, forward, and forward with backward. See conftest.py for how to run it."""
 
 from __future__ import annotations
 

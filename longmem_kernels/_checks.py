@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions: every error names the op, the argument, what was wanted and what came."""
+"""Argument checks shared by the public functions: errors name the op, the argument, what was wanted and what came."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def debug_checks(enabled: bool) -> None:
 
 def values_readable(tensor: Tensor) -> bool:
     """Whether checking the values of `tensor` now is free of graph breaks and of host syncs nobody asked for."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or (_debug and tensor.device.type == "cuda"))
+    device = tensor.device.type
+    return not torch.compiler.is_compiling() and (device == "cpu" or (_debug and device == "cuda"))
 
 
 class Sizes:
@@ -62,14 +63,17 @@ class Sizes:
 
     def positive(self, *symbols: str) -> None:
         for symbol in symbols:
-            if self.size[symbol] < 1:
-                raise ValueError(f"{self.op}: {symbol} must be at least 1, got {self.size[symbol]} in {self.origin[symbol]}")
+            size = self.size[symbol]
+            if size < 1:
+                raise ValueError(f"{self.op}: {symbol} must be at least 1, got {size} in {self.origin[symbol]}")
 
     def grouped(self) -> None:
         """H query heads share G key/value heads evenly."""
         heads, kv_heads = self.size["H"], self.size["G"]
         if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"{self.op}: query heads H must be a multiple of key/value heads G, got H={heads}, G={kv_heads}")
+            raise ValueError(
+                f"{self.op}: query heads H must be a multiple of key/value heads G, got H={heads}, G={kv_heads}"
+            )
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -114,5 +118,5 @@ def check_ring_index(op: str, ring_index: Tensor | None, sizes: Sizes) -> None:
 
 
 def packed(tensor: Tensor | None) -> Tensor | None:
-    """A small vector argument with unit stride, which is how kernels read it: `tensor[::2]` and `expand` have another."""
+    """A small vector argument with the unit stride that kernels count on; `tensor[::2]` and `expand` have another."""
     return None if tensor is None else tensor.contiguous()

@@ -15,7 +15,7 @@ from . import _extension
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "ring_write": ("cuda", "cpp", "reference"),
     "chunk_topk": ("triton", "cpp", "reference"),
-    "memory_attention": ("triton", "reference"),
+    "memory_attention": ("triton", "cpp", "reference"),
 }
 KERNEL_HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 

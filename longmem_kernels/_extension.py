@@ -18,7 +18,7 @@ def load_extension() -> None:
     """Load `longmem_kernels._C` once the op schemas exist. A failure is kept, for `python -m longmem_kernels.info`."""
     global extension, load_error, cuda_kernels
     try:
-        from . import _C
+        from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         load_error = (
             "the compiled extension longmem_kernels._C is not available"

@@ -11,9 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # Compiling and thread start-up make single examples slow now and then; derandomised, a failure is the same everywhere.
-settings.register_profile(
-    "longmem", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("longmem", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("longmem")
 
 

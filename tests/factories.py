@@ -22,7 +22,12 @@ def new_ring(
 ) -> Ring:
     """An empty ring, small unless told otherwise."""
     return Ring.new(
-        rings=rings, kv_heads=kv_heads, chunks=chunks, chunk_size=chunk_size, head_dim=head_dim, **options  # type: ignore[arg-type]
+        rings=rings,
+        kv_heads=kv_heads,
+        chunks=chunks,
+        chunk_size=chunk_size,
+        head_dim=head_dim,
+        **options,  # type: ignore[arg-type]
     )
 
 
@@ -42,6 +47,6 @@ def random_ring(tokens: int, *, rings: int = 2, implementation: str = "reference
     return ring
 
 
-def integers(*shape: int, low: int = -4, high: int = 4, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+def integers(*shape: int, low: int = -4, high: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
     """Whole numbers so small that every dtype holds them and every sum of products is exact in float32."""
-    return torch.randint(low, high + 1, shape).to(device=device, dtype=dtype)
+    return torch.randint(low, high + 1, shape).to(dtype)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from longmem.bench import GateError, Provider, Shape, measure, plot, providers, table
+from longmem.bench.inputs import WriteInputs
 from longmem.bench.measure import Case, summarise
 from longmem.bench.memory import peak_extra_bytes
 from longmem.bench.providers import OPS, Prepared
@@ -134,6 +136,7 @@ def test_summary_of_rounds() -> None:
 
 def test_providers_leave_the_shared_inputs_alone() -> None:
     case = Case("ring_write", SHAPE)
+    assert isinstance(case.inputs, WriteInputs)
     before = case.inputs.ring.store.clone()
     for provider in providers("ring_write"):
         if provider.unavailable(SHAPE, CPU) is None:

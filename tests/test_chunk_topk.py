@@ -45,7 +45,8 @@ def brute_force(
             stored = centroid[ring, h // group, : count[ring]].double().numpy()
             with np.errstate(invalid="ignore"):
                 scores = query[b, h].double().numpy() @ stored.T
-            order = np.lexsort((-np.nan_to_num(scores, nan=0.0, posinf=np.inf, neginf=-np.inf), np.isnan(scores)))[:, :k]
+            nan = np.isnan(scores)
+            order = np.lexsort((np.where(nan, 0.0, -scores), nan))[:, :k]  # by the last key first, and stable
             ids[b, h, :, : order.shape[1]] = order
             best[b, h, :, : order.shape[1]] = np.take_along_axis(scores, order, -1)
     return ids, best
@@ -78,7 +79,8 @@ def with_unstored_nan(centroid: Tensor, count: Tensor) -> Tensor:
 def test_whole_numbers_give_exactly_the_brute_force_result(implementation: str, data: st.DataObject) -> None:
     draw = data.draw
     B, G, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    T, M, D = draw(st.sampled_from([0, 1, 5, 63, 129])), draw(st.integers(1, 300)), draw(st.sampled_from([1, 3, 8, 33, 64]))
+    T, M = draw(st.sampled_from([0, 1, 5, 63, 129])), draw(st.integers(1, 300))
+    D = draw(st.sampled_from([1, 3, 8, 33, 64]))
     K = draw(st.integers(1, 64))
     rings = draw(st.sampled_from(sorted({1, B, 4})))
     torch.manual_seed(draw(st.integers(0, 2**20)))
@@ -188,7 +190,8 @@ def test_strided_inputs_are_read_in_place(implementation: str) -> None:
     index = counts(1, 0, 0, 1)[::3]
     assert not any(x.is_contiguous() for x in (query, centroid, count, index))
     assert_equals_brute_force(implementation, query, centroid, 6, count, index)
-    assert_equals_brute_force(implementation, query[:, :, :1].expand(2, 4, 9, 16), centroid, 6, count, counts(1).expand(2))
+    one_query = query[:, :, :1].expand(2, 4, 9, 16)
+    assert_equals_brute_force(implementation, one_query, centroid, 6, count, counts(1).expand(2))
 
 
 # --- rounded scores: within the error of a float32 sum ---------------------------------------------------------------

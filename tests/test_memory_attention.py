@@ -75,7 +75,8 @@ def make_case(
     if alibi:
         options["alibi_slopes"] = torch.rand(H) + 0.1
     return Case(
-        random(B, H, T, D), random(B, G, S, D), random(B, G, S, D), random(rings, G, M, C, D), random(rings, G, M, C, D), ids,
+        random(B, H, T, D), random(B, G, S, D), random(B, G, S, D),
+        random(rings, G, M, C, D), random(rings, G, M, C, D), ids,
         memory_query=random(B, H, T, D) if memory_query else None,
         ring_index=torch.randint(rings, (B,), dtype=torch.int32) if ring_index else None,
         gate=torch.randn(H) if fusion == "gated" else None,
@@ -267,9 +268,10 @@ def test_strided_arguments_are_read_in_place() -> None:
         wide = F.pad(tensor.permute(*axes, tensor.dim() - 1), (2, 3))
         return wide[..., 2 : 2 + tensor.shape[-1]].permute(*axes, tensor.dim() - 1)
 
+    names = ("query", "key", "value", "memory_query", "memory_key", "memory_value")
     moved = replace(
         case,
-        **{n: strided(getattr(case, n)) for n in ("query", "key", "value", "memory_query", "memory_key", "memory_value")},
+        **{name: strided(getattr(case, name)) for name in names},
         chunk_ids=case.chunk_ids.transpose(1, 3).contiguous().transpose(1, 3),
     )
     assert not any(x.is_contiguous() for x in (moved.query, moved.memory_key, moved.chunk_ids))
@@ -345,7 +347,8 @@ def test_a_partly_filled_ring_is_attended_to_through_its_views() -> None:
 
 def official(case: str) -> dict[str, Tensor]:
     with np.load(GOLDEN) as arrays:
-        return {name.removeprefix(f"{case}/"): torch.from_numpy(arrays[name]) for name in arrays if name.startswith(f"{case}/")}
+        names = [name for name in arrays if name.startswith(f"{case}/")]
+        return {name.removeprefix(f"{case}/"): torch.from_numpy(arrays[name]) for name in names}
 
 
 @pytest.mark.parametrize("part", ["local", "joint"])
@@ -359,9 +362,7 @@ def test_reproduces_the_official_joint_attention_layer(case: str, part: str) -> 
     T, B, E = data["x"].shape
     H = data["memory_bias"].shape[0]
     D, k = data["retrieval_k"].shape[-1], data["retrieval_k"].shape[2]
-    query, key, value = (
-        (data["x"] @ data[f"{name}_proj"].T).view(T, B, H, D).permute(1, 2, 0, 3) for name in "qkv"
-    )
+    query, key, value = ((data["x"] @ data[f"{name}_proj"].T).view(T, B, H, D).permute(1, 2, 0, 3) for name in "qkv")
     bank_key, bank_value = (data[f"retrieval_{name}"].view(B, H, T * k, 1, D) for name in "kv")
     ids = torch.arange(T * k, dtype=torch.int32).view(T, k).expand(B, H, T, k)
     out = memory_attention(
@@ -372,4 +373,7 @@ def test_reproduces_the_official_joint_attention_layer(case: str, part: str) -> 
     torch.testing.assert_close(out, data[f"{part}/out"], rtol=0, atol=1e-5)
     (out * data["cotangent"]).sum().backward()
     for name in trained:
-        torch.testing.assert_close(data[name].grad, data[f"{part}/grad_{name}"], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        wanted = data[f"{part}/grad_{name}"]
+        torch.testing.assert_close(
+            data[name].grad, wanted, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -65,8 +65,10 @@ def write_both(
 
 def equal_bits(got: Tensor, wanted: Tensor) -> bool:
     """Equal, NaN for NaN."""
-    return got.dtype == wanted.dtype and torch.equal(got.isnan(), wanted.isnan()) and torch.equal(
-        got.nan_to_num(nan=0.0), wanted.nan_to_num(nan=0.0)
+    return (
+        got.dtype == wanted.dtype
+        and torch.equal(got.isnan(), wanted.isnan())
+        and torch.equal(got.nan_to_num(nan=0.0), wanted.nan_to_num(nan=0.0))
     )
 
 
@@ -106,7 +108,9 @@ def implementation(request: pytest.FixtureRequest) -> str:
 
 
 @given(data=st.data())
-def test_any_sequence_of_writes_and_resets_leaves_what_the_list_model_holds(implementation: str, data: st.DataObject) -> None:
+def test_any_sequence_of_writes_and_resets_leaves_what_the_list_model_holds(
+    implementation: str, data: st.DataObject
+) -> None:
     rings = data.draw(st.integers(1, 3), "rings")
     ring, models = fresh(
         implementation,

@@ -11,6 +11,7 @@
 #   PIP_ARGS     more arguments for pip install, e.g. --user, or --break-system-packages in a throw-away container
 #   BENCH_ARGS   more arguments for pytest benchmarks/, e.g. --small
 #   LIMIT        seconds that one step may take (default 600)
+# shellcheck disable=SC2329  # steps are called by name, at the end
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
@@ -96,7 +97,7 @@ step_sanitize() {
 step_bench() {
   run bench "$python" -m pytest benchmarks -q --device cuda --benchmark-json "$out/bench.json" "${bench_args[@]}"
   run bench_report "$python" -m benchmarks.report "$out/bench.json" --plot "$out/bench.png"
-  cat "$out/bench_report.log"
+  cat "$out/bench_report.log" # the tables
 }
 
 run device bash -c "nvidia-smi; nvcc --version; '$python' -m torch.utils.collect_env; exit 0"

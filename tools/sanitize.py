@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+
 from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
 from longmem_kernels._dispatch import PREFERENCE, why_unavailable
 

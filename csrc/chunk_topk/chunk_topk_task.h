@@ -1,85 +1,36 @@
-// The chunk_topk task, compiled once per instruction set: the including file defines LONGMEM_SIMD_NAMESPACE,
-// LONGMEM_SIMD_LANES and `above`, and turns the instructions on.
+// The chunk_topk task, compiled once per instruction set (see common/simd_task.h); the
+// including file also defines `above`.
 //
 // Queries lie across the vector lanes. A block of centroids is scored into registers, each vector of scores
 // is compared with the K-th best of its queries, and only what is better leaves the registers: the scores are
 // never stored.
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <vector>
-
 #include "chunk_topk/chunk_topk.h"
+#include "common/simd_task.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {
 namespace {
 
-constexpr int kLanes = LONGMEM_SIMD_LANES;
-constexpr int kVectors = 2;                  // vectors of queries scored together
-constexpr int kQueries = kLanes * kVectors;  // queries in a block
-constexpr int kCentroids =
-    kLanes == 16 ? 8 : 4;       // centroids scored together: accumulators fill the registers
 constexpr int64_t kTile = 128;  // centroids kept in the first-level cache
-
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), may_alias, aligned(4)));
-
-float half_to_float(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 0x1f, mantissa = h & 0x3ffu;
-  uint32_t bits;
-  if (exponent == 0x1f) {
-    bits = sign | 0x7f800000u | (mantissa << 13);
-  } else if (exponent != 0) {
-    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
-  } else {  // zero and subnormals are multiples of 2^-24
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// `n` elements at `from` (in units of their type) as float32.
-void load_row(const void* base, Scalar type, int64_t from, int64_t n, float* to) {
-  if (type == Scalar::f32) {
-    std::memcpy(to, static_cast<const float*>(base) + from, n * sizeof(float));
-    return;
-  }
-  const uint16_t* row = static_cast<const uint16_t*>(base) + from;
-  if (type == Scalar::f16) {
-    for (int64_t d = 0; d < n; ++d) to[d] = half_to_float(row[d]);
-    return;
-  }
-  for (int64_t d = 0; d < n; ++d) {
-    const uint32_t bits = static_cast<uint32_t>(row[d]) << 16;
-    std::memcpy(to + d, &bits, sizeof bits);
-  }
-}
 
 // The K best of each query so far, in descending order.
 struct Winners {
   int64_t K;
-  std::vector<float> threshold;  // [kTaskQueries] K-th best score; lanes without a query stay at +inf
-  std::vector<float> score;      // [kTaskQueries, K]
-  std::vector<int32_t> slot;     // [kTaskQueries, K]
-  std::vector<int32_t> found;    // [kTaskQueries]
+  Buffer<float> threshold;  // [kTaskQueries] K-th best score; lanes without a query stay at +inf
+  Buffer<float> score;      // [kTaskQueries, K]
+  Buffer<int32_t> slot;     // [kTaskQueries, K]
+  Buffer<int32_t> found;    // [kTaskQueries]
 
   Winners(int64_t k, int64_t queries)
-      : K(k),
-        threshold(kTaskQueries, std::numeric_limits<float>::infinity()),
-        score(kTaskQueries * k),
-        slot(kTaskQueries * k),
-        found(kTaskQueries, 0) {
-    std::fill_n(threshold.begin(), queries, -std::numeric_limits<float>::infinity());
+      : K(k), threshold(kTaskQueries), score(kTaskQueries * k), slot(kTaskQueries * k), found(kTaskQueries) {
+    for (int64_t q = 0; q < kTaskQueries; ++q) threshold[q] = q < queries ? -kInfinity : kInfinity;
   }
 
   // `s` is above the threshold. Slots come in ascending order, so an equal score already present stays ahead.
   void insert(int64_t q, float s, int32_t m) {
-    float* scores = score.data() + q * K;
-    int32_t* slots = slot.data() + q * K;
+    float* scores = score + q * K;
+    int32_t* slots = slot + q * K;
     int64_t i = found[q] < K ? found[q]++ : K - 1;
     for (; i > 0 && scores[i - 1] < s; --i) {
       scores[i] = scores[i - 1];
@@ -95,19 +46,15 @@ struct Winners {
 template <int n>
 void score_block(const float* query, const float* centroid, int64_t D, int32_t first_slot,
                  int64_t first_query, Winners& winners) {
-  Vector sum[n][kVectors] = {};
-  for (int64_t d = 0; d < D; ++d) {
-    const Vector* q = reinterpret_cast<const Vector*>(query + d * kQueries);
-    for (int j = 0; j < n; ++j) {
-      for (int v = 0; v < kVectors; ++v) sum[j][v] += q[v] * centroid[j * D + d];
-    }
-  }
-  const Vector* threshold = reinterpret_cast<const Vector*>(winners.threshold.data() + first_query);
+  Vector scores[n][kVectors];
+  multiply_rows<n>(centroid, D, query, D, scores);
+  const float* threshold = winners.threshold + first_query;
   for (int j = 0; j < n; ++j) {
     for (int v = 0; v < kVectors; ++v) {
-      for (uint32_t better = above(sum[j][v], threshold[v]); better != 0; better &= better - 1) {
+      for (uint32_t better = above(scores[j][v], load(threshold + v * kLanes)); better != 0;
+           better &= better - 1) {
         const int lane = __builtin_ctz(better);
-        winners.insert(first_query + v * kLanes + lane, sum[j][v][lane], first_slot + j);
+        winners.insert(first_query + v * kLanes + lane, scores[j][v][lane], first_slot + j);
       }
     }
   }
@@ -120,7 +67,7 @@ void add_exceptional(const float* query, const float* centroids, int64_t n, int6
   for (int64_t m = 0; m < n && winners.found[q] < winners.K; ++m) {
     float s = 0.0f;
     for (int64_t d = 0; d < D; ++d) s += query[d * kQueries] * centroids[m * D + d];
-    if (nan ? std::isnan(s) : s == -std::numeric_limits<float>::infinity()) {
+    if (nan ? s != s : s == -kInfinity) {
       const int64_t at = q * winners.K + winners.found[q]++;
       winners.score[at] = s;
       winners.slot[at] = first_slot + static_cast<int32_t>(m);
@@ -140,7 +87,7 @@ class Task {
                            : 0),
         count_(p.count[ring_]),
         first_(task % chunk_topk_blocks(p) * kTaskQueries),
-        queries_(std::min(kTaskQueries, group_ * p.T - first_)),
+        queries_(smaller(kTaskQueries, group_ * p.T - first_)),
         query_(kTaskQueries * p.D),
         tile_(kTile * p.D),
         winners_(p.K, queries_) {}
@@ -149,7 +96,7 @@ class Task {
     pack_queries();
     for (int64_t m = 0; m < count_; m += kTile) score_tile(m, load_tile(m));
     for (int64_t q = 0; q < queries_; ++q) {
-      for (int nan = 0; nan < 2 && winners_.found[q] < std::min(p_.K, count_); ++nan) rescan(q, nan != 0);
+      for (int nan = 0; nan < 2 && winners_.found[q] < smaller(p_.K, count_); ++nan) rescan(q, nan != 0);
     }
     write();
   }
@@ -161,43 +108,41 @@ class Task {
 
   // [blocks, D, kQueries], so that one load gives a feature of kLanes queries.
   void pack_queries() {
-    std::vector<float> row(p_.D);
+    const Buffer<float> row(p_.D);
     for (int64_t n = 0; n < queries_; ++n) {
       const int64_t at =
           row_ * p_.query_stride[0] + head_of(n) * p_.query_stride[1] + token_of(n) * p_.query_stride[2];
-      load_row(p_.query, p_.query_type, at, p_.D, row.data());
-      float* block = query_.data() + n / kQueries * kQueries * p_.D + n % kQueries;
+      load_row(p_.query, p_.query_type, at, p_.D, row);
+      float* block = query_ + n / kQueries * kQueries * p_.D + n % kQueries;
       for (int64_t d = 0; d < p_.D; ++d) block[d * kQueries] = row[d];
     }
   }
 
   int64_t load_tile(int64_t m) {
-    const int64_t n = std::min(kTile, count_ - m);
+    const int64_t n = smaller(kTile, count_ - m);
     const int64_t base = ring_ * p_.centroid_stride[0] + head_ * p_.centroid_stride[1];
     for (int64_t i = 0; i < n; ++i) {
-      load_row(p_.centroid, p_.centroid_type, base + (m + i) * p_.centroid_stride[2], p_.D,
-               tile_.data() + i * p_.D);
+      load_row(p_.centroid, p_.centroid_type, base + (m + i) * p_.centroid_stride[2], p_.D, tile_ + i * p_.D);
     }
     return n;
   }
 
   void score_tile(int64_t m, int64_t n) {
     for (int64_t q = 0; q < queries_; q += kQueries) {
-      const float* query = query_.data() + q * p_.D;
+      const float* query = query_ + q * p_.D;
       int64_t i = 0;
-      for (; i + kCentroids <= n; i += kCentroids)
-        score_block<kCentroids>(query, tile_.data() + i * p_.D, p_.D, static_cast<int32_t>(m + i), q,
-                                winners_);
+      for (; i + kRows <= n; i += kRows)
+        score_block<kRows>(query, tile_ + i * p_.D, p_.D, static_cast<int32_t>(m + i), q, winners_);
       for (; i < n; ++i)
-        score_block<1>(query, tile_.data() + i * p_.D, p_.D, static_cast<int32_t>(m + i), q, winners_);
+        score_block<1>(query, tile_ + i * p_.D, p_.D, static_cast<int32_t>(m + i), q, winners_);
     }
   }
 
   void rescan(int64_t q, bool nan) {
-    const float* query = query_.data() + q / kQueries * kQueries * p_.D + q % kQueries;
+    const float* query = query_ + q / kQueries * kQueries * p_.D + q % kQueries;
     for (int64_t m = 0; m < count_ && winners_.found[q] < p_.K; m += kTile) {
       const int64_t n = load_tile(m);
-      add_exceptional(query, tile_.data(), n, p_.D, q, winners_, nan, static_cast<int32_t>(m));
+      add_exceptional(query, tile_, n, p_.D, q, winners_, nan, static_cast<int32_t>(m));
     }
   }
 
@@ -207,14 +152,14 @@ class Task {
       for (int64_t i = 0; i < p_.K; ++i) {
         const bool there = i < winners_.found[n];
         p_.ids[to + i] = there ? winners_.slot[n * p_.K + i] : -1;
-        p_.scores[to + i] = there ? winners_.score[n * p_.K + i] : -std::numeric_limits<float>::infinity();
+        p_.scores[to + i] = there ? winners_.score[n * p_.K + i] : -kInfinity;
       }
     }
   }
 
   const ChunkTopkParams& p_;
   const int64_t group_, row_, head_, ring_, count_, first_, queries_;
-  std::vector<float> query_, tile_;
+  Buffer<float> query_, tile_;
   Winners winners_;
 };
 

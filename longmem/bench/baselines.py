@@ -60,7 +60,8 @@ def prepare_matmul_topk(inputs: RetrievalInputs) -> Prepared:
 
     def collect(found: list[Any]) -> tuple[Tensor, ...]:
         size = (shape.B, shape.H, shape.T, shape.K)
-        return torch.cat([part.indices for part in found]).view(size), torch.cat([part.values for part in found]).view(size)
+        ids, scores = [part.indices for part in found], [part.values for part in found]
+        return torch.cat(ids).view(size), torch.cat(scores).view(size)
 
     return Prepared(run, collect)
 
@@ -82,7 +83,7 @@ def _why_no_faiss_gpu(shape: Shape, device: torch.device) -> str | None:
 
 
 def _prepare_faiss_cpu(inputs: RetrievalInputs) -> Prepared:
-    """One index per key head and one search per query head, as LongMem's published code does it. Only search is timed."""
+    """One index per key head and one search per query head, as in LongMem's published code. Only search is timed."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())

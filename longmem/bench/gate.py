@@ -1,8 +1,8 @@
 """The correctness gate: what a provider returns is compared with the reference before it is timed.
 
 Bounds follow from the arithmetic, none is tuned:
-- Top-k: a D-term float32 inner product is off by at most D * eps * |q| * |c|, and so is the j-th largest of them. Scores
-  are compared in order, and every returned id must have the score that was returned with it.
+- Top-k: a D-term float32 inner product is off by at most D * eps * |q| * |c|, and so is the j-th largest of them.
+  Scores are compared in order, and every returned id must have the score that was returned with it.
 - Attention: at most twice the error against float64 of the eager composition in the same precision (three times for
   gradients), plus one rounding of the output's dtype, in the mean and in the worst element.
 - Ring: keys, values and positions bit by bit; centroids within the rounding of a C-term float32 sum and of their dtype.
@@ -65,7 +65,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class _Bounded:
-    """A float64 expectation with bounds on the error: per element (`worst` may be a tensor), and in the root mean square."""
+    """An expectation with bounds on the error: of each element (`worst` broadcasts), and of the root mean square."""
 
     name: str
     value: Tensor
@@ -96,9 +96,8 @@ def _expect_topk(inputs: RetrievalInputs) -> _Bounded:
     query, centroid = inputs.query.double(), inputs.centroid.double()
     shape = inputs.shape
     block = max(1, _BLOCK_SCORES // (shape.B * shape.H * shape.M))
-    scores = [
-        chunk_topk(part, centroid, shape.K, count=inputs.count, impl="reference")[1] for part in query.split(block, dim=2)
-    ]
+    parts = query.split(block, dim=2)
+    scores = [chunk_topk(part, centroid, shape.K, count=inputs.count, impl="reference")[1] for part in parts]
     largest = centroid.norm(dim=-1).amax(-1).repeat_interleave(shape.H // shape.G, 1)  # [B, H]
     band = shape.D * torch.finfo(torch.float32).eps * query.norm(dim=-1) * largest[..., None]
     return _Bounded("scores", torch.cat(scores, 2), band[..., None])
@@ -161,9 +160,10 @@ def _exact_attention(inputs: FusionInputs, *, local_only: bool, backward: bool) 
     for row in range(inputs.shape.B):
         part = slice(row, row + 1)
         leaves = [x[part].double().requires_grad_(backward) for x in (inputs.query, inputs.key, inputs.value)]
+        query, key, value = leaves
         ids = inputs.chunk_ids[part]
         out = memory_attention(
-            *leaves, inputs.ring.key[part], inputs.ring.value[part],
+            query, key, value, inputs.ring.key[part], inputs.ring.value[part],
             torch.full_like(ids, -1) if local_only else ids,
             gate=gate, alibi_slopes=None if local_only else inputs.slopes, impl="reference",
         )  # fmt: skip

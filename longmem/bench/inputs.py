@@ -45,7 +45,7 @@ Inputs = RetrievalInputs | FusionInputs | WriteInputs
 
 
 def draw(op: str, shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
-    """Inputs of `op`, normally distributed: zeros would hide unwritten outputs, and some machines multiply them faster."""
+    """Inputs of `op`, normally distributed: zeros would hide unwritten outputs, and some GPUs multiply them faster."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:

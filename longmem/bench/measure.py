@@ -29,7 +29,9 @@ class Unavailable(RuntimeError):
 class Row:
     """One measurement, or the reason why there is none (then the numbers are None).
 
-    `peak_bytes` is None where memory could not be measured. `bound` marks what does less than the operation.
+    `peak_bytes` is None where memory could not be measured. `bound` marks what does less than the operation. `cores` is
+    processor time over wall time while the rounds ran: rows of one table that got different shares of a busy machine do
+    not compare.
     """
 
     op: str
@@ -46,6 +48,7 @@ class Row:
     p20_ms: float | None = None
     p80_ms: float | None = None
     rounds: int = 0
+    cores: float | None = None
     peak_bytes: int | None = None
     reason: str | None = None
 
@@ -113,6 +116,19 @@ class Case:
         )
 
 
+class CoreClock:
+    """`with CoreClock() as clock: ...; clock.cores`: how many cores this process kept busy in the block."""
+
+    cores = 0.0
+
+    def __enter__(self) -> CoreClock:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cores = (time.process_time() - self._processor) / max(time.perf_counter() - self._wall, 1e-9)
+
+
 def rounds_within(call: Callable[[], object], seconds: float) -> int:
     """How many rounds of `call` to take in about `seconds`, judged by one call, which also warms it up."""
     begin = time.perf_counter()
@@ -165,12 +181,14 @@ def measure(
             continue
         peak = case.peak_bytes(provider, call)
         taken = []
-        for _ in range(rounds_within(call, seconds) if rounds is None else rounds):
-            begin = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - begin)
-        rows.append(case.row(provider, peak_bytes=peak, **summarise(taken)))
+        count = rounds_within(call, seconds) if rounds is None else rounds
+        with CoreClock() as clock:
+            for _ in range(count):
+                begin = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - begin)
+        rows.append(case.row(provider, peak_bytes=peak, cores=clock.cores, **summarise(taken)))
     return rows
 
 
-__all__ = ["Case", "GateError", "Row", "Unavailable", "measure", "rounds_within", "summarise"]
+__all__ = ["Case", "CoreClock", "GateError", "Row", "Unavailable", "measure", "rounds_within", "summarise"]

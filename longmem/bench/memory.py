@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +15,9 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """Peak bytes during `call()` above the level before it, results included; None where this cannot be measured.
 
-    On CUDA: what PyTorch's allocator handed out. On the CPU: resident memory of the process, kept by the Linux kernel, so
-    that allocations of any library count, however short-lived.
+    On CUDA: what PyTorch's allocator handed out. On the CPU: resident memory of the process as the Linux kernel counts
+    it, so that allocations of any library count, however short-lived.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -42,8 +42,8 @@ def memory_attention(
     """Each query attends to its local keys and to the C tokens of each of its K chunks, read from the bank by id.
 
     "gated" (LongMem, section 2.3): two softmaxes, `out = (1 - g) * local + g * memory` with `g = sigmoid(gate[h])`; the
-    official code's `memory_bias` is this `gate`. "joint": one softmax over local and memory scores. A query all of whose
-    ids are -1 gets pure local attention, without the gate. Kernels never materialise the gathered chunks, and their
+    official code's `memory_bias` is this `gate`. "joint": one softmax over local and memory scores. A query whose ids
+    are all -1 gets pure local attention, without the gate. Kernels never materialise the gathered chunks, and their
     gradients are deterministic.
 
     Args:
@@ -56,12 +56,12 @@ def memory_attention(
         memory_query: [B, H, T, D], what meets the memory keys; default `query`. With rotary positions memory holds
             unrotated keys, and this is the unrotated query.
         ring_index: [B] int32 in [0, R). Left out: row b reads ring b when R == B, ring 0 when R == 1.
-        gate: [H] float32 logits; needed by "gated", refused by "joint".
+        gate: [H] logits, used in float32; needed by "gated", refused by "joint".
         scale: multiplies the scores, local and memory; default D^-0.5.
-        alibi_slopes: [H] float32; local scores get `-slope * distance` (Press et al. 2022). Memory has no position.
+        alibi_slopes: [H], used in float32; local scores get `-slope * distance` (Press et al. 2022). Memory has no position.
         causal: a query sees no later key.
         window: a query sees only the last `window` positions, itself included; needs `causal`.
-        impl: "auto", "triton" or "reference".
+        impl: "auto", "triton", "cpp" or "reference".
 
     Returns:
         [B, H, T, D] in the dtype of `query`.
@@ -103,10 +103,16 @@ def memory_attention(
     ring_index, gate, alibi_slopes = packed(ring_index), packed(gate), packed(alibi_slopes)
 
     name = choose(op, impl, query.device, (query.dtype, memory_key.dtype), sizes["D"])
-    arguments = (query, key, value, memory_query, memory_key, memory_value, chunk_ids, ring_index, gate, alibi_slopes)
+    tensors = (query, key, value, memory_query, memory_key, memory_value, chunk_ids, ring_index)
+    options = (fusion, scale, causal, window)
     if name == "reference":
-        return memory_attention_reference(*arguments, fusion, scale, causal, window)
-    return getattr(torch.ops.longmem, f"memory_attention_{name}")(*arguments, fusion, scale, causal, window)[0]
+        return memory_attention_reference(*tensors, gate, alibi_slopes, *options)
+    gate, alibi_slopes = _float32(gate), _float32(alibi_slopes)
+    return getattr(torch.ops.longmem, f"memory_attention_{name}")(*tensors, gate, alibi_slopes, *options)[0]
+
+
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.float32)
 
 
 def _check_options(op: str, fusion: str, gate: Tensor | None, causal: bool, window: int | None) -> None:

@@ -1,7 +1,8 @@
-"""Schemas, fakes, autograd and the Triton registration of the memory_attention kernels."""
+"""Schemas, fakes, autograd and the Triton registration of the memory_attention kernels; C++ registers itself."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,29 +15,28 @@ _INPUTS = (
     " Tensor chunk_ids, Tensor? ring_index, Tensor? gate, Tensor? alibi_slopes"
 )
 _OPTIONS = "str fusion, float scale, bool causal, int? window"
-# out [B, H, T, D]; local_out, memory_out [B, H, T, D] and their log-sum-exps [B, H, T] float32, kept for backward.
-library.define(
-    f"memory_attention_triton({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-library.define(
-    f"memory_attention_backward_triton(Tensor grad, {_INPUTS}, {_OPTIONS},"
-    " Tensor local_out, Tensor local_lse, Tensor memory_out, Tensor memory_lse)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+# out [B, H, T, D]; local_out, memory_out [B, H, T, D] (float32 in C++, where that is cheap) and their log-sum-exps
+# [B, H, T] float32, kept for backward.
+KERNELS = ("triton", "cpp")
+for _kernel in KERNELS:
+    library.define(f"memory_attention_{_kernel}({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+    library.define(
+        f"memory_attention_backward_{_kernel}(Tensor grad, {_INPUTS}, {_OPTIONS},"
+        " Tensor local_out, Tensor local_lse, Tensor memory_out, Tensor memory_lse)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
 
 
-@torch.library.register_fake("longmem::memory_attention_triton")
-def _fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(kernel: str, query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def lse() -> Tensor:
         return query.new_empty(query.shape[:3], dtype=torch.float32)
 
-    def out() -> Tensor:
-        return query.new_empty(query.shape)
+    def part() -> Tensor:
+        return query.new_empty(query.shape, dtype=torch.float32 if kernel == "cpp" else query.dtype)
 
-    return out(), out(), lse(), out(), lse()
+    return query.new_empty(query.shape), part(), lse(), part(), lse()
 
 
-@torch.library.register_fake("longmem::memory_attention_backward_triton")
 def _fake_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -68,16 +68,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.options = (fusion, scale, causal, window)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(kernel: str, ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, local_out, local_lse, memory_out, memory_lse = ctx.saved_tensors
     if grad is None:
         return (None,) * 14
-    dquery, dkey, dvalue, dmemory_query, dgate = torch.ops.longmem.memory_attention_backward_triton(
+    backward = getattr(torch.ops.longmem, f"memory_attention_backward_{kernel}")
+    dquery, dkey, dvalue, dmemory_query, dgate = backward(
         grad, *inputs, *ctx.options, local_out, local_lse, memory_out, memory_lse
     )
-    gate = inputs[8]
-    dgate = None if gate is None else dgate.to(gate.dtype)
+    dgate = None if inputs[8] is None else dgate
     return dquery, dkey, dvalue, dmemory_query, None, None, None, None, dgate, None, None, None, None, None
 
 
-torch.library.register_autograd("longmem::memory_attention_triton", _differentiate, setup_context=_save)
+for _kernel in KERNELS:
+    torch.library.register_fake(f"longmem::memory_attention_{_kernel}", partial(_fake, _kernel))
+    torch.library.register_fake(f"longmem::memory_attention_backward_{_kernel}", _fake_backward)
+    torch.library.register_autograd(
+        f"longmem::memory_attention_{_kernel}", partial(_differentiate, _kernel), setup_context=_save
+    )

@@ -90,9 +90,9 @@ def _check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
     check_dtype(op, "ring.centroid", ring.centroid, (ring.store.dtype,))
     check_dtype(op, "ring.tail", ring.tail, (ring.store.dtype,))
     check_dtype(op, "ring.cursor", ring.cursor, (torch.int64,))
-    parts = {"ring.store": ring.store, "ring.centroid": ring.centroid, "ring.tail": ring.tail, "ring.cursor": ring.cursor}
-    for name, tensor in parts.items():
+    for name in ("store", "centroid", "tail", "cursor"):
+        tensor = getattr(ring, name)
         if tensor.device != ring.store.device:
-            raise ValueError(f"{op}: {name} must be on {ring.store.device} like ring.store, got {tensor.device}")
+            raise ValueError(f"{op}: ring.{name} must be on {ring.store.device} like ring.store, got {tensor.device}")
         if not tensor.is_contiguous():
-            raise ValueError(f"{op}: {name} must be contiguous, got strides {tuple(tensor.stride())}")
+            raise ValueError(f"{op}: ring.{name} must be contiguous, got strides {tuple(tensor.stride())}")

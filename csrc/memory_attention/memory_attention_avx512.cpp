@@ -1,0 +1,8 @@
+#include <cstdint>
+
+#if defined(__x86_64__)
+#define LONGMEM_SIMD_NAMESPACE avx512
+#define LONGMEM_SIMD_LANES 16
+
+#include "memory_attention/memory_attention_task.h"
+#endif
