@@ -96,7 +96,9 @@ class BuildKernels(build_ext):
         self.compiler.src_extensions.append(".cu")
         compile_host = self.compiler._compile
 
-        def compile_one(obj: str, src: str, ext_suffix: str, cc_args: list[str], flags: list[str], pp: list[str]) -> None:
+        def compile_one(
+            obj: str, src: str, ext_suffix: str, cc_args: list[str], flags: list[str], pp: list[str]
+        ) -> None:
             if src.endswith(".cu"):
                 self.spawn([find_nvcc(), "-c", src, "-o", obj, *pp, *self.nvcc_flags()])
                 return

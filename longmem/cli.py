@@ -38,8 +38,12 @@ Precision = Annotated[str, typer.Option(help="Of matrix products: auto, float32 
 def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="Run folder; an interrupted run in it is continued.")],
-    backbone: Annotated[str, typer.Option(help="smollm2, or a folder or hub name of a transformers model.")] = "smollm2",
-    memory_layer: Annotated[int | None, typer.Option(help="Layer stored and read; default: measured, or 2/3 depth.")] = None,
+    backbone: Annotated[
+        str, typer.Option(help="smollm2, or a folder or hub name of a transformers model.")
+    ] = "smollm2",
+    memory_layer: Annotated[
+        int | None, typer.Option(help="Layer stored and read; default: measured, or 2/3 depth.")
+    ] = None,
     sidenet: Annotated[str, typer.Option(help="none, exact or paper.")] = "none",
     trainable: Annotated[str, typer.Option(help="read, or all (with a SideNet).")] = "read",
     reduction: Annotated[int, typer.Option(help="Backbone layers per SideNet layer.")] = 2,
@@ -57,7 +61,9 @@ def train(
     save_every: int = TrainConfig.save_every,
     seed: int = TrainConfig.seed,
     document_tokens: Annotated[int | None, typer.Option(help="Cut documents after this many tokens.")] = None,
-    cache_states: Annotated[bool, typer.Option(help="Keep the backbone's states on disk, for repeated epochs.")] = False,
+    cache_states: Annotated[
+        bool, typer.Option(help="Keep the backbone's states on disk, for repeated epochs.")
+    ] = False,
     precision: Precision = "auto",
     device: Device = "auto",
 ) -> None:
@@ -101,14 +107,18 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Option(help="Folder of a trained LongMem.")],
     data: Data,
-    score_from: Annotated[int, typer.Option(help="Tokens of each document that fill the memory before scoring.")] = 8192,
+    score_from: Annotated[
+        int, typer.Option(help="Tokens of each document that fill the memory before scoring.")
+    ] = 8192,
     document_tokens: Annotated[int, typer.Option(help="Tokens of each document used.")] = 12_288,
     precision: Precision = "auto",
     device: Device = "auto",
 ) -> None:
     """Held-out perplexity: backbone alone, and LongMem with an empty, its own and another document's memory."""
     model, tokenizer = load_run(run, device)
-    documents = load_documents(data, "test", tokenizer, min_tokens=score_from + model.config.segment + 1, cut=document_tokens + 1)
+    documents = load_documents(
+        data, "test", tokenizer, min_tokens=score_from + model.config.segment + 1, cut=document_tokens + 1
+    )
     announce(model, precision)
     report = evaluate_with_bar(model, documents, encode_now(model), score_from, precision)
     typer.echo(report.table())
@@ -152,9 +162,12 @@ def generate(
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Where everything goes; an interrupted run is continued.")] = Path("out/quickstart"),
+    out: Annotated[Path, typer.Option(help="Where everything goes; an interrupted run is continued.")] = Path(
+        "out/quickstart"
+    ),
     data: Annotated[
-        list[str] | None, typer.Option("--data", help="Your own files instead of Shakespeare; the last three are held out.")
+        list[str] | None,
+        typer.Option("--data", help="Your own files instead of Shakespeare; the last three are held out."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 60,
     device: Device = "auto",

@@ -107,8 +107,8 @@ class MemoryBank:
         wanted = (self.rows, self._ring.kv_heads, key.shape[-2], self._ring.head_dim)
         if key.shape != wanted or value.shape != wanted:
             raise ValueError(
-                f"MemoryBank.write: key and value must be [B, G, T, D] = [{wanted[0]}, {wanted[1]}, T, {wanted[3]}], got"
-                f" {tuple(key.shape)} and {tuple(value.shape)}"
+                "MemoryBank.write: key and value must be [B, G, T, D] ="
+                f" [{wanted[0]}, {wanted[1]}, T, {wanted[3]}], got {tuple(key.shape)} and {tuple(value.shape)}"
             )
         _ = self.ring  # an earlier write comes first
         self._pending = (key.detach(), value.detach(), mask)

@@ -91,7 +91,9 @@ class LongMem(nn.Module):
         loss = None
         if targets is not None:
             # In float32, and defined (zero) when every target is ignored.
-            total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            total = F.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+            )
             loss = total / (targets != IGNORE).sum().clamp(min=1)
         # After the read, so that a segment never retrieves itself.
         if memory is not None and write:
@@ -155,11 +157,11 @@ class LongMem(nn.Module):
         self._check(tokens[:, : self.config.segment], memory)
         decoder = SegmentDecoder(self, memory)
         logits = decoder.feed(tokens)
-        for step in range(max_new_tokens):
-            if step:
-                logits = decoder.feed(chosen[:, None])
+        for remaining in range(max_new_tokens, 0, -1):
             chosen = sample(logits, temperature, top_p, generator)
             yield chosen
+            if remaining > 1:
+                logits = decoder.feed(chosen[:, None])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and longmem.safetensors (SideNet only; the backbone is named, not copied)."""
@@ -224,9 +226,7 @@ class SegmentDecoder:
         while tokens.shape[1]:
             start = self.backbone_cache.length
             piece, tokens = tokens[:, : segment - start], tokens[:, segment - start :]
-            states = model.backbone.encode(
-                piece, model.config.memory_layer, model.sidenet.depths, self.backbone_cache
-            )
+            states = model.backbone.encode(piece, model.config.memory_layer, model.sidenet.depths, self.backbone_cache)
             hidden = model.sidenet(states, self.memory, start=start, caches=self.caches)
             self.written.append((states.key, states.value))
             if self.backbone_cache.length == segment:

@@ -73,8 +73,8 @@ class SideNet(nn.Module):
     """The layers above (or beside) the frozen encoder, one of which reads memory.
 
     With `sidenet="none"` they are the backbone's own layers from the memory layer up, frozen and not copied. Otherwise
-    layer i copies a backbone layer, starts from the embedding, and is joined to the backbone by cross-network residuals:
-    `x <- layer(x) + (H[b] - H[a])` with the depths (a, b) of `jumps[i]` (LongMem, section 2.2).
+    layer i copies a backbone layer, the first starts from the embedding, and cross-network residuals join them to the
+    backbone: `x <- layer(x) + (H[b] - H[a])` with the depths (a, b) of `jumps[i]` (LongMem, section 2.2).
     """
 
     def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:

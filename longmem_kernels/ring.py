@@ -105,7 +105,7 @@ class Ring:
         return torch.clamp(self.cursor // self.chunk_size, max=self.chunks).to(torch.int32)
 
     def reset(self, rings: Tensor | None = None) -> None:
-        """Empty all rings, or those where `rings` [R] bool is true. In place, no host sync; stored data is not read again."""
+        """Empty all rings, or those where `rings` [R] bool is true. In place, no host sync; data stays, unread."""
         if rings is None:
             self.cursor.zero_()
         else:

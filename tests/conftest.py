@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite("memory_attention_suite")
+
 # Compiling and thread start-up make single examples slow now and then; derandomised, a failure is the same everywhere.
 settings.register_profile("longmem", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("longmem")

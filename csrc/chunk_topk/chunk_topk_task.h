@@ -44,10 +44,10 @@ struct Winners {
 
 // Scores `n` centroids [n, D] against kQueries queries [D, kQueries].
 template <int n>
-void score_block(const float* query, const float* centroid, int64_t D, int32_t first_slot,
+void score_block(const float* query, const float* centroid, int64_t stride, int64_t D, int32_t first_slot,
                  int64_t first_query, Winners& winners) {
   Vector scores[n][kVectors];
-  multiply_rows<n>(centroid, D, query, D, scores);
+  multiply_rows<n>(centroid, stride, query, D, scores);
   const float* threshold = winners.threshold + first_query;
   for (int j = 0; j < n; ++j) {
     for (int v = 0; v < kVectors; ++v) {
@@ -60,20 +60,11 @@ void score_block(const float* query, const float* centroid, int64_t D, int32_t f
   }
 }
 
-// Queries that found fewer than K numbers above -inf: scores of -inf follow, then NaN, each by ascending
-// slot.
-void add_exceptional(const float* query, const float* centroids, int64_t n, int64_t D, int64_t q,
-                     Winners& winners, bool nan, int32_t first_slot) {
-  for (int64_t m = 0; m < n && winners.found[q] < winners.K; ++m) {
-    float s = 0.0f;
-    for (int64_t d = 0; d < D; ++d) s += query[d * kQueries] * centroids[m * D + d];
-    if (nan ? s != s : s == -kInfinity) {
-      const int64_t at = q * winners.K + winners.found[q]++;
-      winners.score[at] = s;
-      winners.slot[at] = first_slot + static_cast<int32_t>(m);
-    }
-  }
-}
+// Centroids [n, D], the first of them in slot `first`.
+struct Tile {
+  const float* data;
+  int64_t stride, n, first;
+};
 
 class Task {
  public:
@@ -88,15 +79,19 @@ class Task {
         count_(p.count[ring_]),
         first_(task % chunk_topk_blocks(p) * kTaskQueries),
         queries_(smaller(kTaskQueries, group_ * p.T - first_)),
+        few_(queries_ <= kLanes / 4),
         query_(kTaskQueries * p.D),
         tile_(kTile * p.D),
         winners_(p.K, queries_) {}
 
   void run() {
     pack_queries();
-    for (int64_t m = 0; m < count_; m += kTile) score_tile(m, load_tile(m));
+    for (int64_t m = 0; m < count_; m += kTile) {
+      few_ ? score_few(load_tile(m)) : score_tile(load_tile(m));
+    }
     for (int64_t q = 0; q < queries_; ++q) {
-      for (int nan = 0; nan < 2 && winners_.found[q] < smaller(p_.K, count_); ++nan) rescan(q, nan != 0);
+      for (int nan = 0; nan < 2 && winners_.found[q] < smaller(p_.K, count_); ++nan)
+        add_exceptional(q, nan != 0);
     }
     write();
   }
@@ -106,43 +101,82 @@ class Task {
   int64_t head_of(int64_t n) const { return head_ * group_ + (first_ + n) / p_.T; }
   int64_t token_of(int64_t n) const { return (first_ + n) % p_.T; }
 
-  // [blocks, D, kQueries], so that one load gives a feature of kLanes queries.
+  // [blocks, D, kQueries], so that one load gives a feature of kLanes queries. A few queries would leave most
+  // lanes empty: they stay rows [queries, D], with the features across the lanes.
   void pack_queries() {
     const Buffer<float> row(p_.D);
     for (int64_t n = 0; n < queries_; ++n) {
       const int64_t at =
           row_ * p_.query_stride[0] + head_of(n) * p_.query_stride[1] + token_of(n) * p_.query_stride[2];
+      if (few_) {
+        load_row(p_.query, p_.query_type, at, p_.D, query_ + n * p_.D);
+        continue;
+      }
       load_row(p_.query, p_.query_type, at, p_.D, row);
-      float* block = query_ + n / kQueries * kQueries * p_.D + n % kQueries;
+      float* block = block_of(n);
       for (int64_t d = 0; d < p_.D; ++d) block[d * kQueries] = row[d];
     }
   }
 
-  int64_t load_tile(int64_t m) {
-    const int64_t n = smaller(kTile, count_ - m);
-    const int64_t base = ring_ * p_.centroid_stride[0] + head_ * p_.centroid_stride[1];
+  // The first feature of query n; the next is kQueries further on.
+  float* block_of(int64_t n) const { return query_ + n / kQueries * kQueries * p_.D + n % kQueries; }
+
+  Tile load_tile(int64_t m) const {
+    const int64_t n = smaller(kTile, count_ - m), stride = p_.centroid_stride[2];
+    const int64_t at = ring_ * p_.centroid_stride[0] + head_ * p_.centroid_stride[1] + m * stride;
+    if (p_.centroid_type == Scalar::f32) return {static_cast<const float*>(p_.centroid) + at, stride, n, m};
     for (int64_t i = 0; i < n; ++i) {
-      load_row(p_.centroid, p_.centroid_type, base + (m + i) * p_.centroid_stride[2], p_.D, tile_ + i * p_.D);
+      load_row(p_.centroid, p_.centroid_type, at + i * stride, p_.D, tile_ + i * p_.D);
     }
-    return n;
+    return {tile_, p_.D, n, m};
   }
 
-  void score_tile(int64_t m, int64_t n) {
+  void score_tile(const Tile& tile) {
     for (int64_t q = 0; q < queries_; q += kQueries) {
       const float* query = query_ + q * p_.D;
       int64_t i = 0;
-      for (; i + kRows <= n; i += kRows)
-        score_block<kRows>(query, tile_ + i * p_.D, p_.D, static_cast<int32_t>(m + i), q, winners_);
-      for (; i < n; ++i)
-        score_block<1>(query, tile_ + i * p_.D, p_.D, static_cast<int32_t>(m + i), q, winners_);
+      for (; i < tile.n; i += i + kRows <= tile.n ? kRows : 1) {
+        const float* centroid = tile.data + i * tile.stride;
+        const auto slot = static_cast<int32_t>(tile.first + i);
+        if (i + kRows <= tile.n) {
+          score_block<kRows>(query, centroid, tile.stride, p_.D, slot, q, winners_);
+        } else {
+          score_block<1>(query, centroid, tile.stride, p_.D, slot, q, winners_);
+        }
+      }
     }
   }
 
-  void rescan(int64_t q, bool nan) {
-    const float* query = query_ + q / kQueries * kQueries * p_.D + q % kQueries;
-    for (int64_t m = 0; m < count_ && winners_.found[q] < p_.K; m += kTile) {
-      const int64_t n = load_tile(m);
-      add_exceptional(query, tile_, n, p_.D, q, winners_, nan, static_cast<int32_t>(m));
+  void score_few(const Tile& tile) {
+    for (int64_t q = 0; q < queries_; ++q) {
+      for (int64_t i = 0; i < tile.n; ++i) {
+        const float s = score(q, tile.data + i * tile.stride);
+        if (s > winners_.threshold[q]) winners_.insert(q, s, static_cast<int32_t>(tile.first + i));
+      }
+    }
+  }
+
+  // One score, summed as the fast paths sum it.
+  float score(int64_t q, const float* centroid) const {
+    if (few_) return dot(query_ + q * p_.D, centroid, p_.D);
+    const float* query = block_of(q);
+    float s = 0.0f;
+    for (int64_t d = 0; d < p_.D; ++d) s += query[d * kQueries] * centroid[d];
+    return s;
+  }
+
+  // A query that found fewer than K numbers above -inf: scores of -inf follow, then NaN, each by ascending
+  // slot.
+  void add_exceptional(int64_t q, bool nan) {
+    for (int64_t m = 0; m < count_; m += kTile) {
+      const Tile tile = load_tile(m);
+      for (int64_t i = 0; i < tile.n && winners_.found[q] < p_.K; ++i) {
+        const float s = score(q, tile.data + i * tile.stride);
+        if (nan ? s == s : s != -kInfinity) continue;
+        const int64_t at = q * p_.K + winners_.found[q]++;
+        winners_.score[at] = s;
+        winners_.slot[at] = static_cast<int32_t>(m + i);
+      }
     }
   }
 
@@ -159,6 +193,7 @@ class Task {
 
   const ChunkTopkParams& p_;
   const int64_t group_, row_, head_, ring_, count_, first_, queries_;
+  const bool few_;
   Buffer<float> query_, tile_;
   Winners winners_;
 };

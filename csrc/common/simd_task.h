@@ -31,9 +31,21 @@ inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = va
 inline Vector fill(float value) { return value - Vector{}; }
 
 inline float sum(Vector v) {
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  float lane[kLanes];
+  std::memcpy(lane, &v, sizeof lane);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  Vector total{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) total += load(a + i) * load(b + i);
+  float result = sum(total);
+  for (; i < n; ++i) result += a[i] * b[i];
+  return result;
 }
 
 // exp(x) for x <= 0, relative error below 2e-7, 0 below -87, NaN for NaN: x = n ln 2 + r, |r| <= ln 2 / 2,

@@ -13,15 +13,6 @@ namespace {
 
 constexpr int64_t kTile = 64;  // local keys between two looks at the running maximum
 
-inline float dot(const float* a, const float* b, int64_t n) {
-  Vector total{};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) total += load(a + i) * load(b + i);
-  float result = sum(total);
-  for (; i < n; ++i) result += a[i] * b[i];
-  return result;
-}
-
 // y += a x
 inline void add_scaled(float a, const float* x, int64_t n, float* y) {
   int64_t i = 0;

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from .base import Backbone
 from .layers import DecoderLayer, Rotary
 
@@ -26,7 +24,8 @@ def huggingface_backbone(model: Any, name: str | None = None) -> Backbone:
     config = model.config
     if config.model_type not in SUPPORTED:
         raise ValueError(
-            f"huggingface_backbone: model type {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED)}"
+            f"huggingface_backbone: model type {config.model_type!r} is not supported; supported:"
+            f" {', '.join(SUPPORTED)}"
         )
     scaling = getattr(config, "rope_parameters", None) or {}
     if scaling.get("rope_type", "default") in ("dynamic", "longrope"):
@@ -47,8 +46,8 @@ def huggingface_backbone(model: Any, name: str | None = None) -> Backbone:
     )
 
 
-def _layer(layer: nn.Module, config: Any, index: int, rotary: Rotary) -> DecoderLayer:
-    attention: Any = layer.self_attn
+def _layer(layer: Any, config: Any, index: int, rotary: Rotary) -> DecoderLayer:
+    attention = layer.self_attn
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[index] != "sliding_attention":

@@ -96,7 +96,9 @@ class DecoderLayer(nn.Module):
         self.query_norm, self.key_norm, self.rotary = query_norm, key_norm, rotary
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def forward(self, x: Tensor, *, start: int = 0, cache: LayerCache | None = None, fuse: Fuse | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, start: int = 0, cache: LayerCache | None = None, fuse: Fuse | None = None
+    ) -> Tensor:
         """x [B, T, E] -> [B, T, E]. `start` is the position of the first token in its segment."""
         normed = self.input_norm(x)
         unrotated = self.project_query(normed)

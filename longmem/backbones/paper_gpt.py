@@ -33,8 +33,8 @@ class PaperGPTConfig:
 def paper_gpt(config: PaperGPTConfig) -> Backbone:
     """A randomly initialised PaperGPT, as a frozen Backbone.
 
-    One LayerNorm (eps 1e-6) per layer before attention and feed-forward in parallel, attention without biases, tanh GELU,
-    an untied head with bias.
+    One LayerNorm (eps 1e-6) per layer before attention and feed-forward in parallel, attention without biases, tanh
+    GELU, an untied head with bias.
     """
     backbone = Backbone(
         "paper-gpt",

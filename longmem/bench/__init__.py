@@ -1,8 +1,8 @@
 """Side-by-side measurements of the three operations: every provider passes a correctness gate before it is timed.
 
-    rows = measure("chunk_topk", shapes.RETRIEVAL_CPU)
-    print(table(rows))
-    plot(rows, "retrieval.png")
+rows = measure("chunk_topk", shapes.RETRIEVAL_CPU)
+print(table(rows))
+plot(rows, "retrieval.png")
 """
 
 from .gate import GateError

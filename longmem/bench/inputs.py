@@ -55,9 +55,7 @@ def draw(op: str, shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     if op == "chunk_topk":
         count = torch.full((B,), M, dtype=torch.int32, device=device)
         return RetrievalInputs(shape, normal(B, H, T, D), normal(B, G, M, D), count)
-    ring = Ring.new(
-        rings=B, kv_heads=G, chunks=M, chunk_size=shape.C, head_dim=D, dtype=shape.dtype, device=device
-    )
+    ring = Ring.new(rings=B, kv_heads=G, chunks=M, chunk_size=shape.C, head_dim=D, dtype=shape.dtype, device=device)
     ring.store.normal_(generator=generator)
     if op == "ring_write":
         # Three chunks before the end of the ring, so that the write of a segment wraps.

@@ -62,7 +62,9 @@ class PerplexityReport:
     def table(self) -> str:
         lines = [f"{'held-out text, ' + str(self.tokens) + ' tokens':<34} {'perplexity':>16} {'nats vs backbone':>20}"]
         for name, score, gain in self.rows():
-            label = {"backbone": "backbone alone", "empty memory": "LongMem, empty memory"}.get(name, f"LongMem, {name}")
+            label = {"backbone": "backbone alone", "empty memory": "LongMem, empty memory"}.get(
+                name, f"LongMem, {name}"
+            )
             perplexity = f"{score.perplexity:.2f} ± {score.perplexity_error:.2f}"
             change = "" if name == "backbone" else f"{gain.mean:+.4f} ± {gain.error:.4f}"
             lines.append(f"{label:<34} {perplexity:>16} {change:>20}")
@@ -80,7 +82,7 @@ def perplexity(
     *,
     score_from: int = 0,
     precision: str = "auto",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> PerplexityReport:
     """Score documents segment by segment with the same weights and four different memories.
 

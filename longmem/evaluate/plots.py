@@ -24,7 +24,9 @@ def plot_perplexity(report: PerplexityReport, path: str | Path, title: str) -> N
     left.set_ylim(bottom=max(0.0, 0.9 * low))
     left.set_ylabel("perplexity per token (axis does not start at 0)")
     for i, score in enumerate(scores):
-        left.annotate(f"{score.perplexity:.1f}", (i, score.perplexity + score.perplexity_error), ha="center", va="bottom")
+        left.annotate(
+            f"{score.perplexity:.1f}", (i, score.perplexity + score.perplexity_error), ha="center", va="bottom"
+        )
     right.bar(names[1:], [g.mean for g in gains[1:]], yerr=[g.error for g in gains[1:]], color=colours[1:], capsize=3)
     right.axhline(0.0, color="black", linewidth=0.8)
     right.set_ylabel("nats per token vs the backbone (paired)")

@@ -60,7 +60,7 @@ class StateCache:
         self.precision = resolve_precision(precision, model.backbone.device)
         self._open: dict[int, dict[str, Tensor]] = {}
 
-    def fill(self, progress: Callable[[int], None] | None = None) -> None:
+    def fill(self, progress: Callable[[int], object] | None = None) -> None:
         """Encode what is not on disk yet. `progress` is told the number of tokens after each step."""
         for index, tokens in enumerate(self.documents):
             if self._path(index).exists():
@@ -98,11 +98,13 @@ class StateCache:
         return self._open[index]
 
     def _path(self, index: int) -> Path:
-        about = f"{self.model.fingerprint} {sorted(self.model.sidenet.depths)} {self.model.config.segment} {self.precision}"
+        about = (
+            f"{self.model.fingerprint} {sorted(self.model.sidenet.depths)} {self.model.config.segment} {self.precision}"
+        )
         digest = hashlib.sha256(about.encode() + self.documents[index].numpy().tobytes())
         return self.folder / f"{digest.hexdigest()[:24]}.safetensors"
 
-    def _encode(self, index: int, progress: Callable[[int], None] | None) -> None:
+    def _encode(self, index: int, progress: Callable[[int], object] | None) -> None:
         tokens, segment = self.documents[index], self.model.config.segment
         whole = len(tokens) // segment * segment
         pieces = list(tokens[:whole].view(-1, segment).split(self.rows)) if whole else []

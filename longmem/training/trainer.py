@@ -135,7 +135,7 @@ class Trainer:
         return loss, float(norm)
 
     def _metrics(self, batch: Batch, loss: float, norm: float, seconds: float) -> dict[str, float]:
-        """loss in nats per token; seconds per step; memory fill and retrieval (`MemoryBank.stats`); the read's gates and
+        """loss in nats per token, speed, memory fill and retrieval (`MemoryBank.stats`), and the read's gates and
         temperatures, averaged over heads."""
         read = self.model.sidenet.read
         metrics = {
@@ -179,7 +179,9 @@ class Trainer:
             for name, parameter in self.model.trainable().items():
                 parameter.copy_(parts["model"][name])
         self._load_optimizer(parts.get("optimizer", {}))
-        self.memory.load_state_dict({name: tensor.to(self.memory.ring.store.device) for name, tensor in parts["memory"].items()})
+        self.memory.load_state_dict(
+            {name: tensor.to(self.memory.ring.store.device) for name, tensor in parts["memory"].items()}
+        )
         self.stream.load_state_dict(about["stream"])
         torch.set_rng_state(tensors["rng"])
         self.step = about["step"]

@@ -13,8 +13,7 @@ def chunk_topk_reference(
 
     Arguments as in `chunk_topk`, already checked. Scores come back in the dtype they were computed in.
     """
-    B, H, T, _ = query.shape
-    R, G, M, _ = centroid.shape
+    H, (G, M) = query.shape[1], centroid.shape[1:3]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     rows = ring_index.long() if ring_index is not None else None
     if rows is not None:
@@ -23,7 +22,8 @@ def chunk_topk_reference(
     stored = (slot < count[:, None])[:, None, None, None]  # [R or B, 1, 1, 1, M]
 
     scores = query.to(dtype).unflatten(1, (G, H // G)) @ centroid.to(dtype)[:, :, None].mT  # [B, G, H/G, T, M]
-    # Three classes in this order: numbers (descending), NaN, slots that hold nothing. Stable sorts keep lower slots first.
+    # Three classes in this order: numbers (descending), NaN, slots that hold nothing. Stable sorts keep lower slots
+    # first.
     nan = scores.isnan()
     order = scores.masked_fill(nan, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
     group = torch.where(stored, nan.to(torch.uint8), 2).expand_as(scores).gather(-1, order)

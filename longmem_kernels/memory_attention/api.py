@@ -42,9 +42,9 @@ def memory_attention(
     """Each query attends to its local keys and to the C tokens of each of its K chunks, read from the bank by id.
 
     "gated" (LongMem, section 2.3): two softmaxes, `out = (1 - g) * local + g * memory` with `g = sigmoid(gate[h])`; the
-    official code's `memory_bias` is this `gate`. "joint": one softmax over local and memory scores. A query whose ids
-    are all -1 gets pure local attention, without the gate. Kernels never materialise the gathered chunks, and their
-    gradients are deterministic.
+    official code's `memory_bias` is this `gate`. "joint": one softmax over local and memory scores. A query all of
+    whose ids are -1 gets pure local attention, without the gate. Kernels never materialise the gathered chunks, and
+    their gradients are deterministic.
 
     Args:
         query: [B, H, T, D] float32, bfloat16, float16 (float64 in the reference).
@@ -58,7 +58,8 @@ def memory_attention(
         ring_index: [B] int32 in [0, R). Left out: row b reads ring b when R == B, ring 0 when R == 1.
         gate: [H] logits, used in float32; needed by "gated", refused by "joint".
         scale: multiplies the scores, local and memory; default D^-0.5.
-        alibi_slopes: [H], used in float32; local scores get `-slope * distance` (Press et al. 2022). Memory has no position.
+        alibi_slopes: [H], used in float32; local scores get `-slope * distance` (Press et al. 2022), memory
+            scores nothing.
         causal: a query sees no later key.
         window: a query sees only the last `window` positions, itself included; needs `causal`.
         impl: "auto", "triton", "cpp" or "reference".
@@ -96,9 +97,7 @@ def memory_attention(
     check_range(op, "chunk_ids", chunk_ids, -1, sizes["M"])
     _check_options(op, fusion, gate, causal, window)
     _check_tensors(op, query, key, value, memory_query, memory_key, memory_value)
-    check_device(
-        op, query.device, chunk_ids=chunk_ids, ring_index=ring_index, gate=gate, alibi_slopes=alibi_slopes
-    )
+    check_device(op, query.device, chunk_ids=chunk_ids, ring_index=ring_index, gate=gate, alibi_slopes=alibi_slopes)
     scale = sizes["D"] ** -0.5 if scale is None else float(scale)
     ring_index, gate, alibi_slopes = packed(ring_index), packed(gate), packed(alibi_slopes)
 

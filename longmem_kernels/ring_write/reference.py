@@ -8,7 +8,9 @@ from torch import Tensor
 from ..ring import Ring
 
 
-def ring_write_reference(ring: Ring, key: Tensor, value: Tensor, ring_index: Tensor | None, mask: Tensor | None) -> None:
+def ring_write_reference(
+    ring: Ring, key: Tensor, value: Tensor, ring_index: Tensor | None, mask: Tensor | None
+) -> None:
     """See `ring_write`. Gathers every chunk this call touches, from tail and input, and stores it whole.
 
     Arguments as in `ring_write`, already checked.
@@ -56,9 +58,7 @@ def ring_write_reference(ring: Ring, key: Tensor, value: Tensor, ring_index: Ten
     centroid = (total / C).to(ring.centroid.dtype)
     old_store, old_centroid = ring.store[rows, :, slot], ring.centroid[rows, :, slot]  # [R, laps, G, ...]
     keep = fits.transpose(1, 2)
-    ring.store[rows, :, slot] = torch.where(
-        keep[..., None, None], content[:, :, :-1].transpose(1, 2), old_store
-    )
+    ring.store[rows, :, slot] = torch.where(keep[..., None, None], content[:, :, :-1].transpose(1, 2), old_store)
     ring.centroid[rows, :, slot] = torch.where(keep, centroid.transpose(1, 2), old_centroid)
     ring.tail.copy_(content[:, :, -1])
     ring.cursor.copy_(end)

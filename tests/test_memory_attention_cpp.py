@@ -1,0 +1,81 @@
+"""The C++ memory_attention: the kernel suite, head dims and sizes that need its tails, threads and instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from memory_attention_suite import Case, MemoryAttentionSuite, check, make
+
+
+class TestCpp(MemoryAttentionSuite):
+    impl = "cpp"
+    device = "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(D=5, T=33, S=40, H=6, G=3, fusion="joint"),
+        Case(D=33, T=31, S=31, C=5, K=9),
+        Case(D=1, T=2, S=70),
+        Case(D=64, T=129, S=200, K=16, M=300, slopes=True, options=(("window", 70),)),
+        Case(D=96, T=64, S=64, options=(("causal", False),), H=3),
+    ],
+    ids=lambda case: f"D{case.D}",
+)
+def test_sizes_that_are_no_multiples_of_a_vector(case: Case, dtype: torch.dtype) -> None:
+    check(Case(**{**vars(case), "dtype": dtype}), "cpp", "cpu")
+
+
+def test_nan_comes_out_where_it_goes_in() -> None:
+    inputs = make(Case(T=9, S=9, B=1, R=1, H=1), "cpu")
+    inputs.leaves["query"][0, 0, 4] = torch.nan
+    out = inputs.run("cpp")["out"]
+    assert out[0, 0, 4].isnan().all() and out[0, 0, [3, 5]].isfinite().all()
+
+
+def test_bit_equal_for_any_number_of_threads() -> None:
+    inputs = make(Case(B=3, T=70, S=90, R=3, H=6, G=3, fusion="joint"), "cpu")
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(inputs.run("cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for run in found[1:]:
+        assert all(torch.equal(run[name], value) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_lower_instruction_sets(level: str) -> None:
+    """The level is read once per process."""
+    check_all = (
+        "from memory_attention_suite import CASES, check\n"
+        "for case in CASES.values(): check(case, 'cpp', 'cpu')\n"
+        "from longmem_kernels._extension import build_info\n"
+        "print(build_info()['simd'])"
+    )
+    environment = {**os.environ, "LONGMEM_SIMD": level, "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", check_all], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (level, "baseline")
+
+
+def test_needs_less_memory_than_the_gathered_chunks() -> None:
+    """Nothing of size T x S or T x K*C*D is made, forward or backward."""
+    from longmem.bench.memory import peak_extra_bytes
+
+    inputs = make(Case(B=1, R=1, H=4, G=4, T=1024, S=1024, M=512, K=16, D=64), "cpu")
+    gathered = 4 * 1024 * 16 * 4 * 64 * 4 * 2
+    peak = peak_extra_bytes(lambda: inputs.run("cpp"), torch.device("cpu"))
+    if peak is None:
+        pytest.skip("this system does not report peak memory")
+    assert peak < gathered / 5, f"{peak / 1e6:.0f} MB, gathered keys and values alone would be {gathered / 1e6:.0f} MB"
