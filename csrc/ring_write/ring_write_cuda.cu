@@ -148,34 +148,40 @@ struct ChunkWriter {
   }
 };
 
-// Block (w, g, r) closes the w-th chunk that this call completes in ring r; block w = 0 also writes the open
-// tail, after it has read the old one.
+// Block (r * blocks + w, g) closes the w-th chunk that this call completes in ring r; block w = 0 also writes
+// the open tail, after it has read the old one.
 template <typename Input, typename Storage>
 __global__ void __launch_bounds__(kWriteThreads) ring_write_kernel(RingWriteParams p, Plan plan) {
   __shared__ int64_t row[kMaxChunkSize], token[kMaxChunkSize];
-  const int64_t ring = blockIdx.z, head = blockIdx.y;
+  const unsigned blocks = gridDim.x / static_cast<unsigned>(p.R);  // of each ring
+  const unsigned block = blockIdx.x % blocks;
+  const int64_t ring = blockIdx.x / blocks, head = blockIdx.y;
   const int64_t begin = plan.begin[ring], end = p.cursor[ring];
   if (begin == end) return;
   const ChunkWriter<Input, Storage> writer{p, plan, ring, head, begin, end, row, token};
   const int64_t closed = end / p.C;
-  const int64_t chunk = max_i64(begin / p.C, closed - p.M) + blockIdx.x;
+  const int64_t chunk = max_i64(begin / p.C, closed - p.M) + block;
   if (chunk < closed) {
     writer.locate(chunk);
     writer.close(chunk);
   }
-  if (blockIdx.x != 0 || end % p.C == 0) return;
+  if (block != 0 || end % p.C == 0) return;
   __syncthreads();
   writer.locate(closed);
   // Tokens that were in the tail already stay where they are: read and written by the same thread.
   writer.copy(static_cast<Storage*>(p.tail) + (ring * p.G + head) * 2 * p.C * p.D, end % p.C);
 }
 
+// The most chunks that this call can close in one ring.
+int64_t chunks_per_ring(const RingWriteParams& p) {
+  const bool owned = p.ring_index == nullptr && p.R == p.B;
+  const int64_t chunks = (owned ? p.T : p.B * p.T) / p.C + 1;
+  return chunks < p.M ? chunks : p.M;
+}
+
 template <typename Input, typename Storage>
 void launch(const RingWriteParams& p, const Plan& plan, cudaStream_t stream) {
-  const bool owned = p.ring_index == nullptr && p.R == p.B;
-  const int64_t tokens = owned ? p.T : p.B * p.T;
-  const int64_t chunks = tokens / p.C + 1 < p.M ? tokens / p.C + 1 : p.M;
-  const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(p.G), static_cast<unsigned>(p.R));
+  const dim3 grid(static_cast<unsigned>(p.R * chunks_per_ring(p)), static_cast<unsigned>(p.G));
   ring_write_kernel<Input, Storage><<<grid, kWriteThreads, 0, stream>>>(p, plan);
 }
 
@@ -199,6 +205,9 @@ int64_t ring_write_cuda_workspace(const RingWriteParams& p) {
 
 const char* ring_write_cuda(const RingWriteParams& p, Scalar input, Scalar storage, void* workspace,
                             void* stream) {
+  // Said before anything has changed.
+  if (p.R * chunks_per_ring(p) > INT32_MAX || p.G > 65535)
+    return "too many rings, chunks or heads for one launch";
   const Plan plan = plan_at(p, workspace);
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   ring_write_plan_kernel<<<1, kPlanThreads, 0, cuda_stream>>>(p, plan);

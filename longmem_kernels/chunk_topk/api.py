@@ -59,7 +59,7 @@ def chunk_topk(
     sizes.bind("count", count, "R")
     sizes.positive("H", "D", "R", "M")
     sizes.grouped()
-    if not isinstance(k, int) or not 1 <= k <= MAX_K:
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= MAX_K:
         raise ValueError(f"{op}: k must be an integer from 1 to {MAX_K}, got {k!r}")
     check_dtype(op, "query", query, COMPUTE_DTYPES)
     check_dtype(op, "centroid", centroid, COMPUTE_DTYPES)

@@ -1,0 +1,64 @@
+"""What README shows, runs; what it says of the tree, is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import WORDS, backbone
+
+README = Path(__file__).parent.parent / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+__all__ = ["backbone"]  # a fixture
+
+
+def run(code: str, folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_two_examples_of_at_most_a_dozen_lines() -> None:
+    assert len(EXAMPLES) == 2
+    for example in EXAMPLES:
+        assert len([line for line in example.splitlines() if line.strip()]) <= 12
+
+
+def test_the_kernel_example_runs(tmp_path: Path) -> None:
+    run(
+        EXAMPLES[0] + "assert out.shape == query.shape\nout.sum().backward()\nassert gate.grad.abs().sum() > 0",
+        tmp_path,
+    )
+
+
+def test_the_hugging_face_example_runs(backbone: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(" ".join(WORDS * 10), encoding="utf-8")
+    name = re.search(r'name = "(.+?)"', EXAMPLES[1])
+    assert name is not None
+    code = EXAMPLES[1].replace(name[1], str(backbone))
+    run(code + "assert loss.isfinite() and memory.stats()['tokens'] > 0", tmp_path)
+
+
+def test_every_file_that_readme_names_is_there() -> None:
+    text = README.read_text(encoding="utf-8")
+    tree = re.search(r"## Files\n\n```\n(.*?)```", text, re.S)
+    assert tree is not None
+    folder, missing = "", []
+    for line in tree[1].splitlines():
+        named = line[:26].strip()
+        if line and not line.startswith(" "):
+            folder = named.split("/")[0] if named.endswith("/") else ""
+        for name in named.split():
+            path = name if not line.startswith(" ") else os.path.join(folder, name)
+            if "*" not in name and not (README.parent / path).exists():
+                missing.append(path)
+    links = [link for link in re.findall(r"\]\((?!http)([^)#]+)\)", text) if not (README.parent / link).exists()]
+    assert not missing and not links
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "CONTRIBUTING.md", "docs/decisions.md", ".ci/run"])
+def test_what_a_newcomer_looks_for_is_there(name: str) -> None:
+    assert (README.parent / name).stat().st_size > 0
