@@ -11,6 +11,8 @@
 #   PIP_ARGS     more arguments for pip install, e.g. --user, or --break-system-packages in a throw-away container
 #   BENCH_ARGS   more arguments for pytest benchmarks/, e.g. --small
 #   LIMIT        seconds that one step may take (default 600)
+#   WHEELS       folder of wheels to install first (default out/wheels), for a machine without a package index:
+#                pip download -d out/wheels --no-deps hypothesis sortedcontainers expecttest safetensors filelock
 # shellcheck disable=SC2329  # steps are called by name, at the end
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
@@ -18,6 +20,7 @@ cd "$(dirname "$0")/.." || exit 2
 out=${OUT:-out/gpu_check}
 python=${PYTHON:-python3}
 limit=${LIMIT:-600}
+wheels=${WHEELS:-out/wheels}
 read -ra pip_args <<<"${PIP_ARGS:-}"
 read -ra bench_args <<<"${BENCH_ARGS:-}"
 
@@ -74,6 +77,10 @@ find_sanitizer() {
 }
 
 step_build() {
+  if compgen -G "$wheels/*.whl" >/dev/null; then
+    run wheels "$python" -m pip install --no-index --no-deps "${pip_args[@]}" "$wheels"/*.whl
+  fi
+  run requirements "$python" -c "import expecttest, hypothesis, pybind11, pytest, pytest_benchmark, safetensors, transformers"
   run build env PIP_DISABLE_PIP_VERSION_CHECK=1 \
     "$python" -m pip install -e . --no-build-isolation --no-deps --no-index "${pip_args[@]}"
   run info "$python" -m longmem_kernels.info
@@ -96,7 +103,8 @@ step_sanitize() {
 
 step_bench() {
   run bench "$python" -m pytest benchmarks -q --device cuda --benchmark-json "$out/bench.json" "${bench_args[@]}"
-  run bench_report "$python" -m benchmarks.report "$out/bench.json" --plot "$out/bench.png"
+  run bench_report "$python" -m benchmarks.report "$out/bench.json" --plot "$out/bench.png" --keep
+  cp -r benchmarks/results "$out/"
   cat "$out/bench_report.log" # the tables
 }
 
