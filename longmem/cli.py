@@ -278,9 +278,10 @@ def main() -> None:
     except (ValueError, FetchError, FloatingPointError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        typer.secho("interrupted; the same command continues from the last checkpoint", err=True)
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            typer.secho("\ninterrupted; the same command goes on from the last checkpoint", err=True)
+        raise
 
 
 if __name__ == "__main__":

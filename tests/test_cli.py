@@ -92,6 +92,21 @@ def test_training_goes_on_where_it_was(
     assert "continuing from step 4" in capsys.readouterr().err
 
 
+def test_an_interrupted_run_says_how_to_go_on(
+    backbone: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train_with_bar", interrupt)
+    assert train(backbone, texts, tmp_path / "run") == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+
+
 def test_skipped_files_are_named_with_the_reason(
     backbone: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
