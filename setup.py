@@ -6,6 +6,7 @@ which). TORCH_CUDA_ARCH_LIST is honoured (default 8.0;9.0). Nothing is downloade
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -89,6 +90,13 @@ def cuda_library_dirs(nvcc: str) -> list[Path]:
 
 class BuildKernels(build_ext):
     """build_ext that compiles .cu files with nvcc and kernels for several instruction sets with their own flags."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # Objects made with other settings are not mixed: each choice has a folder, and linking is always done again.
+        settings = "\n".join(str(vars(ext)) for ext in self.extensions or []) + " ".join(self.nvcc_flags())
+        self.build_temp = f"{self.build_temp}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+        self.force = True
 
     def build_extension(self, ext: Extension) -> None:
         from pybind11.setup_helpers import ParallelCompile, naive_recompile

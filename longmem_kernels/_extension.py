@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -17,15 +18,17 @@ cuda_kernels = False
 def load_extension() -> None:
     """Load `longmem_kernels._C` once the op schemas exist. A failure is kept, for `python -m longmem_kernels.info`."""
     global extension, load_error, cuda_kernels
+    name = f"{__package__}._C"
     try:
-        from . import _C  # type: ignore[attr-defined]
-    except ImportError as error:
+        extension = import_module(name)
+    except ModuleNotFoundError:
         load_error = (
-            "the compiled extension longmem_kernels._C is not available"
-            f" ({error}); install a C++ compiler and reinstall with `pip install .` (LONGMEM_BUILD=auto)"
+            f"the compiled extension {name} was not built: install a C++ compiler and reinstall (`pip install .`,"
+            " LONGMEM_BUILD=auto)"
         )
+    except ImportError as error:
+        load_error = f"the compiled extension {name} does not load ({error}): rebuild it (`pip install .`)"
     else:
-        extension = _C
         cuda_kernels = bool(build_info()["cuda"])
 
 
