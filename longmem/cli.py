@@ -20,8 +20,9 @@ from .data.fetch import FetchError
 from .data.stream import SegmentStream, tokenize_documents
 from .evaluate.perplexity import PerplexityReport, perplexity
 from .evaluate.plots import plot_perplexity
+from .memory import MemoryBank
 from .model import LongMem
-from .precision import resolve_precision
+from .precision import autocast, resolve_precision
 from .training.states import StateCache, encode_now
 from .training.trainer import TrainConfig, Trainer
 
@@ -111,6 +112,7 @@ def evaluate(
         int, typer.Option(help="Tokens of each document that fill the memory before scoring.")
     ] = 8192,
     document_tokens: Annotated[int, typer.Option(help="Tokens of each document used.")] = 12_288,
+    out: Annotated[Path | None, typer.Option(help="Where JSON and plot go; default RUN/eval.")] = None,
     precision: Precision = "auto",
     device: Device = "auto",
 ) -> None:
@@ -122,7 +124,7 @@ def evaluate(
     announce(model, precision)
     report = evaluate_with_bar(model, documents, encode_now(model), score_from, precision)
     typer.echo(report.table())
-    save_report(report, run, f"{model.backbone.name}, {', '.join(data)}")
+    save_report(report, out or run / "eval", f"{model.backbone.name}, {', '.join(data)}")
 
 
 @app.command()
@@ -140,7 +142,7 @@ def generate(
     model, tokenizer = load_run(run, device)
     memory = model.new_memory(rows=1)
     for document in load_documents(memory_text, "train", tokenizer, min_tokens=1) if memory_text else []:
-        model.remember(document[None].to(model.backbone.device), memory)
+        remember_with_bar(model, document, memory)
     typer.echo(f"memory: {memory.stats()['tokens']:.0f} tokens, {memory.stats()['fill']:.0%} full", err=True)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.backbone.device)
     if ids.shape[1] == 0:
@@ -247,6 +249,14 @@ def train_with_bar(trainer: Trainer) -> None:
         trainer.run(report)
 
 
+def remember_with_bar(model: LongMem, document: torch.Tensor, memory: MemoryBank) -> None:
+    with tqdm(total=len(document), desc="remember", unit="tok", unit_scale=True) as bar:
+        for piece in document[None].split(model.config.segment, 1):
+            with autocast("auto", model.backbone.device):
+                model.remember(piece.to(model.backbone.device), memory)
+            bar.update(piece.shape[1])
+
+
 def evaluate_with_bar(
     model: LongMem, documents: list[torch.Tensor], states: Any, score_from: int, precision: str
 ) -> PerplexityReport:
@@ -258,6 +268,7 @@ def evaluate_with_bar(
 
 def save_report(report: PerplexityReport, folder: Path, title: str) -> None:
     """perplexity.json and perplexity.png."""
+    folder.mkdir(parents=True, exist_ok=True)
     scores = {
         name: {"perplexity": score.perplexity, "nats": asdict(score), "vs_backbone": asdict(gain)}
         for name, score, gain in report.rows()

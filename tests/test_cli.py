@@ -73,9 +73,9 @@ def test_train_then_eval_then_generate(
 
     assert run("eval", "--run", out, "--data", texts, "--score-from", "64", "--document-tokens", "160") == 0
     assert "memory - other memory" in capsys.readouterr().out
-    report = json.loads((out / "perplexity.json").read_text())
+    report = json.loads((out / "eval" / "perplexity.json").read_text())
     assert report["scores"].keys() == {"backbone", "empty memory", "memory", "other memory"}
-    assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "eval" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
     arguments = ["--run", out, "--prompt", "w1 w2", "--remember", texts / "0.txt", "--max-new-tokens", "20"]
     assert run("generate", *arguments) == 0

@@ -10,6 +10,8 @@ import pytest
 import torch
 from memory_attention_suite import Case, MemoryAttentionSuite, check, make
 
+from longmem_kernels import memory_attention
+
 
 class TestCpp(MemoryAttentionSuite):
     impl = "cpp"
@@ -50,6 +52,25 @@ def test_bit_equal_for_any_number_of_threads() -> None:
         torch.set_num_threads(before)
     for run in found[1:]:
         assert all(torch.equal(run[name], value) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("fusion", ["gated", "joint"])
+def test_compiles_into_one_graph_forward_and_backward(fusion: str) -> None:
+    inputs = make(Case(fusion=fusion, slopes=True), "cpu")
+    eager = inputs.run("cpp")
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in inputs.leaves.items()}
+
+    def attend(leaves: dict[str, torch.Tensor]) -> torch.Tensor:
+        query, key, value = (leaves[name] for name in ("query", "key", "value"))
+        optional = {name: leaves[name] for name in ("memory_query", "gate") if name in leaves}
+        options = {**optional, **inputs.options}
+        return memory_attention(query, key, value, *inputs.memory, inputs.ids, **options, impl="cpp")
+
+    out = torch.compile(attend, fullgraph=True, backend="aot_eager")(leaves)
+    gradients = torch.autograd.grad(out, list(leaves.values()), inputs.grad)
+    torch.testing.assert_close(out, eager["out"])
+    for name, gradient in zip(leaves, gradients, strict=True):
+        torch.testing.assert_close(gradient, eager[name])
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
