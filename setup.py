@@ -144,8 +144,10 @@ def extensions(build: str) -> list[Extension]:
     macros = [("LONGMEM_VERSION", VERSION), ("TORCH_TARGET_VERSION", TORCH_TARGET)]
     include = torch_include()
     assert include is not None
-    # Linked by name alone, found already loaded at run time. libtorch brings libtorch_cuda where there is one.
+    # Linked by name alone, found already loaded at run time.
     libraries, library_dirs = ["torch", "torch_cpu"], [str(include.parent / "lib")]
+    if build == "cuda" and (include.parent / "lib/libtorch_cuda.so").exists():
+        libraries.append("torch_cuda")  # where the current stream comes from
     if build == "cuda":
         nvcc = find_nvcc()
         assert nvcc is not None

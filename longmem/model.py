@@ -112,8 +112,8 @@ class LongMem(nn.Module):
             return self.backbone.logits(hidden)
         return self.backbone.head(self.sidenet.norm(hidden))
 
-    def new_memory(self, rows: int, tokens: int | None = None) -> MemoryBank:
-        """An empty memory for `rows` batch rows; `tokens` overrides `config.memory_tokens`."""
+    def new_memory(self, rows: int, tokens: int | None = None, dtype: torch.dtype | None = None) -> MemoryBank:
+        """An empty memory for `rows` batch rows; `tokens` overrides `config.memory_tokens`, `dtype` the backbone's."""
         layer = self.backbone.layer(self.config.memory_layer)
         return MemoryBank(
             rows=rows,
@@ -122,7 +122,7 @@ class LongMem(nn.Module):
             tokens=tokens or self.config.memory_tokens,
             chunk_size=self.config.chunk_size,
             scope=self.config.scope,
-            dtype=self.backbone.dtype,
+            dtype=dtype or self.backbone.dtype,
             device=self.backbone.device,
             fingerprint=self.fingerprint,
         )

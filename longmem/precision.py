@@ -20,11 +20,18 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+        # Private, but the only question that every supported PyTorch answers.
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if native else "float32"
+
+
+def memory_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What keys and values are stored in: on a GPU the format they are multiplied in, half the traffic of float32. CPU
+    kernels compute in float32 and would have to convert."""
+    half = device.type == "cuda" and resolve_precision(precision, device) == "bfloat16"
+    return torch.bfloat16 if half else torch.float32
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

@@ -14,7 +14,7 @@ from longmem.backbones import States
 from longmem.data.stream import IGNORE, Batch
 from longmem.memory import MemoryBank
 from longmem.model import LongMem
-from longmem.precision import autocast
+from longmem.precision import autocast, memory_dtype
 from longmem.training.states import StateSource
 
 CONDITIONS = ("backbone", "empty memory", "memory", "other memory")
@@ -109,10 +109,11 @@ def perplexity(
         )
     was_training = model.training
     model.eval()
+    dtype = memory_dtype(precision, model.backbone.device)
     scores: dict[str, list[Tensor]] = {name: [] for name in CONDITIONS}
     for index in range(len(documents)):
         other = (index + 1) % len(documents)
-        own_memory, other_memory, empty = (model.new_memory(1) for _ in range(3))
+        own_memory, other_memory, empty = (model.new_memory(1, dtype=dtype) for _ in range(3))
         for position in range(segments):
             batch = _segment(documents, index, position * segment, segment)
             batch = batch.to(model.backbone.device)

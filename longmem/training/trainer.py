@@ -16,7 +16,7 @@ from torch import Tensor
 from longmem.data.stream import Batch, SegmentStream
 from longmem.memory import MemoryBank
 from longmem.model import LongMem
-from longmem.precision import PRECISIONS, autocast
+from longmem.precision import PRECISIONS, autocast, memory_dtype
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .states import StateSource
@@ -81,7 +81,9 @@ class Trainer:
     ) -> None:
         self.model, self.stream, self.states, self.config, self.folder = model, stream, states, config, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.memory: MemoryBank = model.new_memory(stream.rows)
+        self.memory: MemoryBank = model.new_memory(
+            stream.rows, dtype=memory_dtype(config.precision, model.backbone.device)
+        )
         self.optimizer = torch.optim.AdamW(
             model.trainable().values(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
         )
