@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+CXX_FILES = $(filter csrc/%,$(SOURCES)) tests/cuda_on_cpu.h
 SOURCES := setup.py pyproject.toml longmem_kernels/_version.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: quickstart test lint format bench clean
@@ -21,12 +22,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks $(ARGS)
