@@ -1,5 +1,6 @@
-// Runs a CUDA kernel on the CPU, one thread per CUDA thread and one block at a time, so that its logic can be tested
-// without a GPU. Covers what our kernels use: block barriers, static shared memory, warp shuffles by a whole block.
+// Runs a CUDA kernel on the CPU, one thread per CUDA thread and one block at a time, so that its logic can be
+// tested without a GPU. Covers what our kernels use: block barriers, static shared memory, warp shuffles by a
+// whole block.
 #pragma once
 
 #include <barrier>
