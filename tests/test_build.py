@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -181,3 +182,18 @@ def test_info_prints_a_table_and_json() -> None:
             wanted = "auto" if entry["auto"]["cpu"] == impl else "no" if availability["cpu"] else "yes"
             assert line[2] == wanted, line
             assert all(reason in runs[0].stdout for reason in availability.values() if reason)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="needs g++ and nm")
+@pytest.mark.parametrize("op", ["chunk_topk", "memory_attention"])
+def test_code_for_one_instruction_set_is_not_shared_with_others(op: str, tmp_path: Path) -> None:
+    """A function the linker may merge across objects (weak) would bring AVX-512 to CPUs that lack it."""
+    if platform.machine() != "x86_64":
+        pytest.skip("x86-64 only")
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]
+    command = ["g++", "-c", *flags, f"-I{ROOT / 'csrc'}", str(ROOT / f"csrc/{op}/{op}_avx512.cpp"), "-o", "out.o"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    symbols = subprocess.run(["nm", "-C", "out.o"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    kinds = {line[17]: line for line in symbols.splitlines() if len(line) > 17}
+    assert "T" in kinds and "longmem::avx512" in kinds["T"]
+    assert not {"W", "u"} & kinds.keys(), kinds

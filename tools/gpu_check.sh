@@ -11,8 +11,9 @@
 #   PIP_ARGS     more arguments for pip install, e.g. --user, or --break-system-packages in a throw-away container
 #   BENCH_ARGS   more arguments for pytest benchmarks/, e.g. --small
 #   LIMIT        seconds that one step may take (default 600)
-#   WHEELS       folder of wheels to install first (default out/wheels), for a machine without a package index:
-#                pip download -d out/wheels --no-deps hypothesis sortedcontainers expecttest safetensors filelock
+#   WHEELS       folder of wheels to install from first (default out/wheels), for a machine without a package index:
+#                pip download -d out/wheels --python-version 3.12 --only-binary :all: expecttest filelock hypothesis \
+#                  matplotlib safetensors tqdm typer
 # shellcheck disable=SC2329  # steps are called by name, at the end
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
@@ -78,9 +79,11 @@ find_sanitizer() {
 
 step_build() {
   if compgen -G "$wheels/*.whl" >/dev/null; then
-    run wheels "$python" -m pip install --no-index --no-deps "${pip_args[@]}" "$wheels"/*.whl
+    run wheels "$python" -m pip install --no-index --find-links "$wheels" "${pip_args[@]}" \
+      expecttest filelock hypothesis matplotlib safetensors tqdm typer
   fi
-  run requirements "$python" -c "import expecttest, hypothesis, pybind11, pytest, pytest_benchmark, safetensors, transformers"
+  run requirements "$python" -c \
+    "import expecttest, filelock, hypothesis, matplotlib, pybind11, pytest, pytest_benchmark, safetensors, transformers, typer"
   run build env PIP_DISABLE_PIP_VERSION_CHECK=1 \
     "$python" -m pip install -e . --no-build-isolation --no-deps --no-index "${pip_args[@]}"
   run info "$python" -m longmem_kernels.info
