@@ -60,6 +60,9 @@ class LongMem(nn.Module):
     ) -> Output:
         """One segment per row: encode, read memory, predict, then write the segment to memory.
 
+        Call `backward` before the next forward with the same memory: gradients are computed from the memory as it was
+        read, and PyTorch raises where it has changed since.
+
         Args:
             tokens: [B, T] int64, T at most `config.segment`.
             memory: the rows' memory, read and then changed in place; None for local context alone.

@@ -113,6 +113,18 @@ def test_every_trained_parameter_and_no_other_gets_a_gradient(options: dict[str,
             assert parameter.grad is None, name
 
 
+def test_a_backward_pass_that_comes_too_late_is_refused() -> None:
+    model = tiny_longmem()
+    memory = model.new_memory(1)
+    losses = []
+    for _ in range(3):
+        ids = tokens(1, 13)
+        losses.append(model(ids[:, :-1], memory, targets=ids[:, 1:]).loss)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses[1].backward()
+    losses[2].backward()
+
+
 def test_ignored_targets_do_not_count() -> None:
     model, ids = tiny_longmem(), tokens(1, 13)
     targets = ids[:, 1:].clone()
