@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
 
+from .files import load_tensors, save_tensors
+
 SCOPES = ("row", "shared")
+_KIND = "longmem memory"
 _PARTS = ("store", "centroid", "tail", "cursor")
 
 
@@ -94,8 +92,10 @@ class MemoryBank:
             ValueError: a shared memory cannot forget some rows only.
         """
         if rows is None or self.scope == "row":
-            if rows is not None and rows.shape != (self.rows,):
-                raise ValueError(f"MemoryBank.reset: rows must have shape ({self.rows},), got {tuple(rows.shape)}")
+            if rows is not None and (rows.shape != (self.rows,) or rows.dtype != torch.bool):
+                raise ValueError(
+                    f"MemoryBank.reset: rows must be bool of shape ({self.rows},), got {rows.dtype} {tuple(rows.shape)}"
+                )
             self.ring.reset(rows)
         elif bool(rows.all()):
             self.ring.reset()
@@ -103,12 +103,26 @@ class MemoryBank:
             raise ValueError('MemoryBank.reset: with scope="shared" all rows are one memory; reset all or none')
 
     def write(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
-        """Append key, value [B, G, T, D]; tokens where `mask` [B, T] is False are left out."""
+        """Append key, value [B, G, T, D]; tokens where `mask` [B, T] bool is False are left out.
+
+        Raises:
+            ValueError: an argument does not fit, said now although the write takes effect later.
+        """
         wanted = (self.rows, self._ring.kv_heads, key.shape[-2], self._ring.head_dim)
         if key.shape != wanted or value.shape != wanted:
             raise ValueError(
                 "MemoryBank.write: key and value must be [B, G, T, D] ="
                 f" [{wanted[0]}, {wanted[1]}, T, {wanted[3]}], got {tuple(key.shape)} and {tuple(value.shape)}"
+            )
+        if key.device != self._ring.store.device or value.device != key.device:
+            raise ValueError(
+                f"MemoryBank.write: key and value must be on {self._ring.store.device}, got {key.device} and"
+                f" {value.device}"
+            )
+        if mask is not None and (mask.shape != (self.rows, key.shape[2]) or mask.dtype != torch.bool):
+            raise ValueError(
+                f"MemoryBank.write: mask must be bool of shape {(self.rows, key.shape[2])}, got {mask.dtype}"
+                f" {tuple(mask.shape)}"
             )
         _ = self.ring  # an earlier write comes first
         self._pending = (key.detach(), value.detach(), mask)
@@ -159,14 +173,14 @@ class MemoryBank:
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a safetensors file, atomically."""
-        header = {
+        about = {
             "fingerprint": self.fingerprint,
             "scope": self.scope,
             "rows": self.rows,
-            "tokens": self.ring.chunks * self.ring.chunk_size,
-            "chunk_size": self.ring.chunk_size,
+            "tokens": self._ring.chunks * self._ring.chunk_size,
+            "chunk_size": self._ring.chunk_size,
         }
-        save_safetensors(self.state_dict(), path, {"longmem_memory": json.dumps(header)})
+        save_tensors(path, self.state_dict(), _KIND, about)
 
     @classmethod
     def load(cls, path: str | Path, fingerprint: str, device: torch.device | str = "cpu") -> MemoryBank:
@@ -175,12 +189,7 @@ class MemoryBank:
         Raises:
             ValueError: the file is no memory, or was made by another backbone or layer than `fingerprint` says.
         """
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = (file.metadata() or {}).get("longmem_memory")
-            if header is None:
-                raise ValueError(f"MemoryBank.load: {path} is not a memory file")
-            about = json.loads(header)
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        state, about = load_tensors(path, _KIND, device)
         if about["fingerprint"] != fingerprint:
             raise ValueError(
                 f"MemoryBank.load: {path} was written by another model: its backbone and layer are"
@@ -200,17 +209,3 @@ class MemoryBank:
         )
         bank.load_state_dict(state)
         return bank
-
-
-def save_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file so that `path` holds the old content or the new, never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from .backbones.base import Backbone, BackboneCache, States
 from .backbones.layers import LayerCache
 from .config import LongMemConfig
 from .data.stream import IGNORE
-from .memory import MemoryBank, save_safetensors
+from .files import load_tensors, save_tensors
+from .memory import MemoryBank
 from .sidenet import SideNet
+
+_KIND, _WEIGHTS = "longmem model", "longmem.safetensors"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class LongMem(nn.Module):
         write: bool = True,
     ) -> Output:
         """`forward` from the backbone's states on: training over cached states starts here."""
+        if targets is not None and targets.shape != (states.key.shape[0], states.key.shape[2]):
+            wanted = (states.key.shape[0], states.key.shape[2])
+            raise ValueError(f"LongMem: targets must have the shape of tokens, {wanted}, got {tuple(targets.shape)}")
         logits = self.logits(self.sidenet(states, memory))
         loss = None
         if targets is not None:
@@ -157,6 +162,11 @@ class LongMem(nn.Module):
         """
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"generate: wanted temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
+        if tokens.dim() != 2 or tokens.shape[1] == 0 or max_new_tokens < 0:
+            raise ValueError(
+                f"generate: wanted tokens [B, n] with n >= 1 and max_new_tokens >= 0, got {tuple(tokens.shape)} and"
+                f" {max_new_tokens}"
+            )
         self._check(tokens[:, : self.config.segment], memory)
         decoder = SegmentDecoder(self, memory)
         logits = decoder.feed(tokens)
@@ -171,21 +181,13 @@ class LongMem(nn.Module):
         about = {"config": self.config.to_dict(), "backbone": self.backbone.name, "fingerprint": self.fingerprint}
         folder = Path(folder)
         weights = {name: tensor.detach().cpu() for name, tensor in self.sidenet.state_dict().items()}
-        save_safetensors(weights, folder / "longmem.safetensors", {"longmem": json.dumps(about)})
+        save_tensors(folder / _WEIGHTS, weights, _KIND, about)
         (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: Backbone) -> LongMem:
         """Raises ValueError when the folder holds no LongMem, or one that was trained on another backbone."""
-        path = Path(folder) / "longmem.safetensors"
-        if not path.exists():
-            raise ValueError(f"LongMem.from_pretrained: no longmem.safetensors in {folder}")
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("longmem")
-            if header is None:
-                raise ValueError(f"LongMem.from_pretrained: {path} is not a LongMem checkpoint")
-            about = json.loads(header)
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        weights, about = load_tensors(Path(folder) / _WEIGHTS, _KIND)
         model = cls(backbone, LongMemConfig.from_dict(about["config"]))
         if about["fingerprint"] != model.fingerprint:
             raise ValueError(

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from .backbones.load import default_memory_layer, load_backbone
 from .bench import measure, plot, providers, table
 from .bench.shapes import shapes_for
-from .cli import (
+from .config import LongMemConfig
+from .console import (
     announce,
     choose_device,
     evaluate_with_bar,
@@ -20,10 +21,9 @@ from .cli import (
     save_report,
     train_with_bar,
 )
-from .config import LongMemConfig
 from .data.stream import SegmentStream
 from .model import LongMem
-from .training.states import StateCache
+from .states import StateCache
 from .training.trainer import TrainConfig, Trainer
 
 HELD_OUT = 3

@@ -12,6 +12,15 @@ from ._checks import STORAGE_DTYPES
 MAX_CHUNK_SIZE = 64
 
 
+def rings_of_rows(ring_index: Tensor | None, rings: int, rows: int, device: torch.device) -> Tensor:
+    """[rows] int64, the ring of each batch row: as `ring_index` says; without one, the row's own, or the only one."""
+    if ring_index is not None:
+        return ring_index.long()
+    if rings == rows:
+        return torch.arange(rows, device=device)
+    return torch.zeros(rows, dtype=torch.int64, device=device)
+
+
 @dataclass(frozen=True)
 class Ring:
     """R rings of M chunks of C tokens for G key/value heads. `ring_write` changes the tensors in place.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,3 +46,9 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(2).isnan().all(), "this PyTorch does not poison uninitialised memory"
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def asset_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LONGMEM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -127,6 +127,7 @@ def test_skipped_files_are_named_with_the_reason(
         (["train", "--backbone", "{backbone}", "--data", "{texts}", "--out", "{out}", "--fusion", "sum"], "got 'sum'"),
         (["train", "--backbone", "{backbone}", "--data", "{texts}", "--out", "{out}", "--steps", "0"], "steps must be"),
         (["train", "--backbone", "{backbone}", "--data", "{texts}", "--out", "{out}", "--precision", "x"], "got 'x'"),
+        (["train", "--backbone", "{backbone}", "--data", "{texts}", "--out", "{out}", "--device", "tpu"], "got 'tpu'"),
     ],
 )
 def test_errors_are_printed_not_traced(

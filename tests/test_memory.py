@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from longmem import MemoryBank
+from longmem.files import save_tensors
 
 
 def bank(**options: Any) -> MemoryBank:
@@ -134,6 +135,31 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bank(**options)
+
+
+def test_a_write_that_does_not_fit_is_refused_at_once() -> None:
+    memory = bank()
+    with pytest.raises(ValueError, match=r"mask must be bool of shape \(2, 4\), got torch\.bool \(2, 3\)"):
+        memory.write(*segment(4), torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask must be bool .* got torch\.float32"):
+        memory.write(*segment(4), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="must be on cpu, got meta"):
+        memory.write(*(x.to("meta") for x in segment(4)))
+    with pytest.raises(ValueError, match=r"rows must be bool of shape \(2,\), got torch\.int64"):
+        memory.reset(torch.tensor([0, 1]))
+    assert memory.ring.cursor.tolist() == [0, 0]
+
+
+def test_a_file_that_is_no_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "memory.safetensors"
+    with pytest.raises(ValueError, match="there is no file"):
+        MemoryBank.load(path, "x")
+    path.write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        MemoryBank.load(path, "x")
+    save_tensors(path, {"a": torch.zeros(1)}, "something else", {})
+    with pytest.raises(ValueError, match="not a longmem memory"):
+        MemoryBank.load(path, "x")
 
 
 def test_rows_that_do_not_match_are_refused() -> None:

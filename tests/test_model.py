@@ -194,7 +194,7 @@ def test_a_saved_model_comes_back_on_its_backbone_and_on_no_other(tmp_path: Path
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 50_000, "the backbone must not be saved"
     with pytest.raises(ValueError, match="was trained on backbone 'llama'"):
         LongMem.from_pretrained(tmp_path, tiny_backbone("qwen2"))
-    with pytest.raises(ValueError, match=r"no longmem\.safetensors"):
+    with pytest.raises(ValueError, match=r"there is no file .*longmem\.safetensors"):
         LongMem.from_pretrained(tmp_path / "nowhere", model.backbone)
 
 
@@ -229,6 +229,15 @@ def test_bad_configurations_are_named(options: dict[str, Any], message: str) -> 
 def test_unknown_configuration_keys_are_named() -> None:
     with pytest.raises(ValueError, match="unknown keys colour"):
         LongMemConfig.from_dict({"memory_layer": 1, "colour": "red"})
+
+
+def test_targets_and_prompts_that_do_not_fit_are_named() -> None:
+    model = tiny_longmem()
+    with pytest.raises(ValueError, match=r"targets must have the shape of tokens, \(1, 5\), got \(1, 4\)"):
+        model(tokens(1, 5), targets=tokens(1, 4))
+    for prompt in (tokens(1, 0), tokens(1, 3)[0]):
+        with pytest.raises(ValueError, match=r"tokens \[B, n\] with n >= 1"):
+            next(model.generate(prompt, max_new_tokens=1))
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])

@@ -13,7 +13,7 @@ from models import VOCABULARY, learnable_longmem
 from longmem import LongMem
 from longmem.data.stream import SegmentStream
 from longmem.evaluate.perplexity import perplexity
-from longmem.training.states import StateCache, encode_now
+from longmem.states import StateCache, encode_now
 from longmem.training.trainer import TrainConfig, Trainer
 
 SEGMENT = 6

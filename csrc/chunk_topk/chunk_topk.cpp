@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> run_cpu(Tensor query, Tensor centroid, Tensor count,
   p.query_type = scalar_of(query.scalar_type(), kOp, "query");
   p.centroid_type = scalar_of(centroid.scalar_type(), kOp, "centroid");
   for (int64_t row = 0; row < p.B; ++row) {
-    const int64_t ring = p.ring_index ? p.ring_index[row] : p.R == p.B ? row : 0;
+    const int64_t ring = ring_of_row(p.ring_index, p.R, p.B, row);
     STD_TORCH_CHECK(ring >= 0 && ring < p.R, kOp, ": ring_index must lie in [0, ", p.R, "), got ", ring);
     STD_TORCH_CHECK(p.count[ring] >= 0 && p.count[ring] <= p.M, kOp, ": count must lie in [0, ", p.M,
                     "], got ", p.count[ring]);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/ring_index.h"
 #include "common/scalar_type.h"
 
 namespace longmem {
@@ -25,7 +26,7 @@ struct ChunkTopkParams {
 constexpr int64_t kTaskQueries = 128;
 
 // Tasks are numbered (b * G + g) * blocks + block, over the H/G * T queries that search the same centroids.
-inline int64_t chunk_topk_blocks(const ChunkTopkParams& p) {
+static inline int64_t chunk_topk_blocks(const ChunkTopkParams& p) {
   return (p.H / p.G * p.T + kTaskQueries - 1) / kTaskQueries;
 }
 

@@ -73,9 +73,7 @@ class Task {
         group_(p.H / p.G),
         row_(task / chunk_topk_blocks(p) / p.G),
         head_(task / chunk_topk_blocks(p) % p.G),
-        ring_(p.ring_index ? p.ring_index[row_]
-              : p.R == p.B ? row_
-                           : 0),
+        ring_(ring_of_row(p.ring_index, p.R, p.B, row_)),
         count_(p.count[ring_]),
         first_(task % chunk_topk_blocks(p) * kTaskQueries),
         queries_(smaller(kTaskQueries, group_ * p.T - first_)),

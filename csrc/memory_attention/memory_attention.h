@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/ring_index.h"
 #include "common/scalar_type.h"
 
 namespace longmem {

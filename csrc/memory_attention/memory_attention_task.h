@@ -68,9 +68,7 @@ struct Block {
         b(row),
         h(head),
         g(head / (params.H / params.G)),
-        ring(params.ring_index      ? params.ring_index[row]
-             : params.R == params.B ? row
-                                    : 0),
+        ring(ring_of_row(params.ring_index, params.R, params.B, row)),
         first(query),
         count(smaller(kQueries, params.T - query)) {}
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/ring_index.h"
 #include "common/scalar_type.h"
 
 namespace longmem {
@@ -22,15 +23,8 @@ struct RingWriteParams {
   int64_t key_stride[3], value_stride[3], mask_stride[2];
 };
 
-#ifdef __CUDACC__
-#define LONGMEM_HOST_DEVICE __host__ __device__
-#else
-#define LONGMEM_HOST_DEVICE
-#endif
-
 LONGMEM_HOST_DEVICE inline int64_t ring_of_row(const RingWriteParams& p, int64_t row) {
-  if (p.ring_index != nullptr) return p.ring_index[row];
-  return p.R == p.B ? row : 0;
+  return ring_of_row(p.ring_index, p.R, p.B, row);
 }
 
 LONGMEM_HOST_DEVICE inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -15,7 +15,7 @@ from longmem.data.stream import IGNORE, Batch
 from longmem.memory import MemoryBank
 from longmem.model import LongMem
 from longmem.precision import autocast, memory_dtype
-from longmem.training.states import StateSource
+from longmem.states import StateSource
 
 CONDITIONS = ("backbone", "empty memory", "memory", "other memory")
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from longmem.memory import save_safetensors
+from longmem.files import load_tensors, save_tensors
 
-_KEY = "longmem_checkpoint"
+_KIND = "longmem checkpoint"
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write tensors and a JSON header; a kill at any moment leaves the old file or the new one."""
-    save_safetensors({name: tensor.detach().cpu() for name, tensor in tensors.items()}, path, {_KEY: json.dumps(about)})
+    save_tensors(path, tensors, _KIND, about)
 
 
 def load_checkpoint(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -25,17 +23,13 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Ten
     Raises:
         ValueError: the file is no checkpoint, or that of a run with another `identity`; names what differs.
     """
-    with safe_open(path, framework="pt") as file:
-        header = (file.metadata() or {}).get(_KEY)
-        if header is None:
-            raise ValueError(f"checkpoint: {path} is not a training checkpoint")
-        about = json.loads(header)
-        if about["identity"] != identity:
-            raise ValueError(
-                f"checkpoint: {path} belongs to another run ({'; '.join(_differences(about['identity'], identity))});"
-                " choose another folder, or remove the file to start anew"
-            )
-        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a dict)
+    tensors, about = load_tensors(path, _KIND)
+    if about["identity"] != identity:
+        raise ValueError(
+            f"checkpoint: {path} belongs to another run ({'; '.join(_differences(about['identity'], identity))});"
+            " choose another folder, or remove the file to start anew"
+        )
+    return tensors, about
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

@@ -17,9 +17,9 @@ from longmem.data.stream import Batch, SegmentStream
 from longmem.memory import MemoryBank
 from longmem.model import LongMem
 from longmem.precision import PRECISIONS, autocast, memory_dtype
+from longmem.states import StateSource
 
 from .checkpoint import load_checkpoint, save_checkpoint
-from .states import StateSource
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ring import rings_of_rows
+
 
 def memory_attention_reference(
     query: Tensor,
@@ -72,11 +74,10 @@ def _gather(memory: Tensor, chunk_ids: Tensor, ring_index: Tensor | None, dtype:
     B, H, _, _ = chunk_ids.shape
     R, G, _, C, _ = memory.shape
     device = chunk_ids.device
-    if ring_index is None:
-        ring_index = torch.arange(B, device=device) if R == B else torch.zeros(B, dtype=torch.int64, device=device)
+    ring = rings_of_rows(ring_index, R, B, device)
     head = torch.arange(H, device=device) // (H // G)
     there = chunk_ids >= 0
-    chunks = memory[ring_index.long()[:, None, None, None], head[:, None, None], chunk_ids.clamp(min=0).long()]
+    chunks = memory[ring[:, None, None, None], head[:, None, None], chunk_ids.clamp(min=0).long()]
     # Zeroed, not only masked: a slot that was never written may hold NaN.
     chunks = torch.where(there[..., None, None], chunks, 0.0).to(dtype)
     return chunks.flatten(3, 4), there.repeat_interleave(C, -1)

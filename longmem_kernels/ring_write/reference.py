@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ring import Ring
+from ..ring import Ring, rings_of_rows
 
 
 def ring_write_reference(
@@ -21,11 +21,9 @@ def ring_write_reference(
     if B * T == 0:
         return
     per_ring = T if ring_index is None and R == B else B * T
-    if ring_index is None:
-        ring_index = torch.arange(B, device=device) if R == B else torch.zeros(B, dtype=torch.int64, device=device)
 
     # Token stream of each ring: kept tokens in row-major order, located by `source[first[r] + n]`.
-    ring_of_token = ring_index.long()[:, None].expand(B, T).reshape(-1)
+    ring_of_token = rings_of_rows(ring_index, R, B, device)[:, None].expand(B, T).reshape(-1)
     if mask is not None:
         ring_of_token = torch.where(mask.reshape(-1), ring_of_token, R)  # ring R takes what is dropped
     source = torch.sort(ring_of_token, dim=0, stable=True).indices

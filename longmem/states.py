@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from longmem.backbones import States
-from longmem.data.stream import Batch
-from longmem.memory import save_safetensors
-from longmem.model import LongMem
-from longmem.precision import autocast, resolve_precision
+from .backbones import States
+from .data.stream import Batch
+from .files import load_tensors, save_tensors
+from .model import LongMem
+from .precision import autocast, resolve_precision
+
+_KIND = "longmem states"
 
 
 class StateSource(Protocol):
@@ -37,7 +38,8 @@ class StateCache:
     """The backbone's states of whole documents, one safetensors file each, computed once.
 
     The backbone is frozen and sees one segment at a time, so its states depend on the document and the segment length
-    alone: training over them costs only the layers above. A file takes 4 * (depths * E + 2 * G * D) bytes per token.
+    alone: training over them costs only the layers above. A file takes at most 4 * (depths * E + 2 * G * D) bytes per
+    token.
 
     Args:
         model: whose backbone encodes, and whose depths are kept.
@@ -93,8 +95,7 @@ class StateCache:
             path = self._path(index)
             if not path.exists():
                 self._encode(index, None)
-            with safe_open(path, framework="pt") as file:  # mapped, not read: pages come and go as they are used
-                self._open[index] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self._open[index], _ = load_tensors(path, _KIND)
         return self._open[index]
 
     def _path(self, index: int) -> Path:
@@ -122,4 +123,4 @@ class StateCache:
                 parts.setdefault(name, []).append(tensor.flatten(0, 1).cpu())
             if progress is not None:
                 progress(piece.numel())
-        save_safetensors({name: torch.cat(tensors) for name, tensors in parts.items()}, self._path(index), {})
+        save_tensors(self._path(index), {name: torch.cat(tensors) for name, tensors in parts.items()}, _KIND, {})

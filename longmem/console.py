@@ -1,0 +1,132 @@
+"""What the commands share: choosing and loading things, saying what runs, progress bars, reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from tqdm import tqdm
+
+from longmem_kernels.info import report as kernels_report
+
+from .backbones.load import load_backbone
+from .data.documents import CORPORA, Document, named_corpus, read_documents
+from .data.stream import tokenize_documents
+from .evaluate.perplexity import PerplexityReport, perplexity
+from .evaluate.plots import plot_perplexity
+from .memory import MemoryBank
+from .model import LongMem
+from .precision import autocast, resolve_precision
+from .states import StateSource
+from .training.trainer import Trainer
+
+
+def choose_device(device: str) -> torch.device:
+    """Raises ValueError when there is no such device here."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or auto, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device cuda was asked for, but PyTorch {torch.__version__} finds no CUDA device")
+    return torch.device(device)
+
+
+def load_run(run: Path, device: str) -> tuple[LongMem, Any]:
+    about = run / "config.json"
+    if not about.exists():
+        raise ValueError(f"no trained LongMem in {run}: config.json is missing (longmem train --out {run} makes one)")
+    backbone, tokenizer = load_backbone(json.loads(about.read_text())["backbone"], choose_device(device))
+    return LongMem.from_pretrained(run, backbone), tokenizer
+
+
+def load_documents(
+    data: list[str], split: str, tokenizer: Any, *, min_tokens: int, cut: int | None = None
+) -> list[torch.Tensor]:
+    """Token ids of named corpora (`split` of them) and of files, saying what is skipped and why."""
+    documents: list[Document] = []
+    for name in data:
+        if name in CORPORA:
+            documents += getattr(named_corpus(name), split)
+            continue
+        found, skipped = read_documents([name])
+        documents += found
+        for item in skipped:
+            typer.echo(f"skipped {item.name}: {item.reason}", err=True)
+    tokens, skipped = tokenize_documents(documents, tokenizer, min_tokens)
+    for item in skipped:
+        typer.echo(f"skipped {item.name}: {item.reason}", err=True)
+    tokens = [ids[:cut] for ids in tokens]
+    typer.echo(f"{split}: {len(tokens)} documents, {sum(map(len, tokens)):,} tokens", err=True)
+    return tokens
+
+
+def announce(model: LongMem, precision: str) -> None:
+    """What will run, where, and with which kernels."""
+    device = model.backbone.device
+    trainable = sum(parameter.numel() for parameter in model.trainable().values())
+    total = sum(parameter.numel() for parameter in model.backbone.parameters())
+    info = kernels_report()
+    kernels = ", ".join(f"{op}: {entry['auto'][device.type]}" for op, entry in info["ops"].items())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else info["devices"]["cpu"]["model"]
+    typer.echo(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; kernels: {kernels}", err=True)
+    typer.echo(
+        f"backbone {model.backbone.name}: {total:,} frozen parameters; {trainable:,} trained"
+        f" ({trainable / total:.2%}); matrix products in {resolve_precision(precision, device)}",
+        err=True,
+    )
+
+
+def train_with_bar(trainer: Trainer) -> None:
+    if trainer.step:
+        typer.echo(f"continuing from step {trainer.step}", err=True)
+    with tqdm(total=trainer.config.steps, initial=trainer.step, desc="train", unit="step") as bar:
+
+        def report(metrics: dict[str, float]) -> None:
+            shown = {
+                "loss": f"{metrics['loss']:.3f}",
+                "tok/s": f"{metrics['tokens_per_second']:.0f}",
+                "memory": f"{metrics['memory_fill']:.0%}",
+            }
+            shown |= {name: f"{metrics[name]:.3f}" for name in ("gate", "temperature") if name in metrics}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+
+        trainer.run(report)
+
+
+def remember_with_bar(model: LongMem, document: torch.Tensor, memory: MemoryBank) -> None:
+    with tqdm(total=len(document), desc="remember", unit="tok", unit_scale=True) as bar:
+        for piece in document[None].split(model.config.segment, 1):
+            with autocast("auto", model.backbone.device):
+                model.remember(piece.to(model.backbone.device), memory)
+            bar.update(piece.shape[1])
+
+
+def evaluate_with_bar(
+    model: LongMem, documents: list[torch.Tensor], states: StateSource, score_from: int, precision: str
+) -> PerplexityReport:
+    segment = model.config.segment
+    segments = min((len(tokens) - 1) // segment for tokens in documents)
+    with tqdm(total=len(documents) * segments * segment, desc="evaluate", unit="tok", unit_scale=True) as bar:
+        return perplexity(model, states, documents, score_from=score_from, precision=precision, progress=bar.update)
+
+
+def save_report(report: PerplexityReport, folder: Path, title: str) -> None:
+    """perplexity.json and perplexity.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = {
+        name: {"perplexity": score.perplexity, "nats": asdict(score), "vs_backbone": asdict(gain)}
+        for name, score, gain in report.rows()
+    }
+    differences = {
+        f"memory - {other}": asdict(report.difference("memory", other)) for other in ("empty memory", "other memory")
+    }
+    content = {"tokens": report.tokens, "scores": scores, "differences": differences}
+    (folder / "perplexity.json").write_text(json.dumps(content, indent=2) + "\n")
+    plot_perplexity(report, folder / "perplexity.png", f"{title}; {report.tokens:,} held-out tokens")
+    typer.echo(f"wrote {folder}/perplexity.json and {folder}/perplexity.png", err=True)
