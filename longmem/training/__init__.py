@@ -1,1 +1,1 @@
-"""Training a LongMem: cached backbone states, the loop, checkpoints and metrics."""
+"""Training a LongMem: the loop, checkpoints and metrics."""
