@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from .files import load_tensors, save_tensors
 
 SCOPES = ("row", "shared")
 _KIND = "longmem memory"
-_PARTS = ("store", "centroid", "tail", "cursor")
+
+
+def _parts(ring: Ring) -> dict[str, Tensor]:
+    """The ring's tensors by name; `scale` is among them where the store is quantised."""
+    parts = {part.name: getattr(ring, part.name) for part in fields(ring)}
+    return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
 
 class MemoryBank:
@@ -31,7 +37,7 @@ class MemoryBank:
         chunk_size: C, tokens per chunk (LongMem, section 2.3; the paper uses 4).
         scope: "row": each row remembers its own documents alone. "shared": all rows write and search one ring, as the
             official code does.
-        dtype, device: of the stored keys and values.
+        dtype, device: of the stored keys and values; float8_e4m3fn keeps a scale with each chunk (`Ring`).
         fingerprint: which backbone and layer the content comes from (`LongMem.fingerprint`).
 
     Raises:
@@ -135,7 +141,10 @@ class MemoryBank:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk_ids: Tensor, **options: Any) -> Tensor:
         """`memory_attention` over this memory."""
-        return memory_attention(query, key, value, self.ring.key, self.ring.value, chunk_ids, **options)
+        ring = self.ring
+        if ring.scale is not None:
+            options["memory_scale"] = ring.scale
+        return memory_attention(query, key, value, ring.key, ring.value, chunk_ids, **options)
 
     def stats(self) -> dict[str, float]:
         """For log lines (synchronises with the device).
@@ -157,18 +166,19 @@ class MemoryBank:
         return stats
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: getattr(self.ring, name).clone() for name in _PARTS}
+        return {name: tensor.clone() for name, tensor in _parts(self.ring).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError when a tensor is missing or has another shape or dtype; nothing is changed then."""
-        for name in _PARTS:
-            mine, theirs = getattr(self._ring, name), state.get(name)
+        parts = _parts(self._ring)
+        for name, mine in parts.items():
+            theirs = state.get(name)
             if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
                 got = "nothing" if theirs is None else f"{theirs.dtype} {tuple(theirs.shape)}"
                 raise ValueError(f"MemoryBank: {name} must be {mine.dtype} {tuple(mine.shape)}, got {got}")
         self._pending = None
-        for name in _PARTS:
-            getattr(self._ring, name).copy_(state[name])
+        for name, mine in parts.items():
+            mine.copy_(state[name])
         self._last_ids = None
 
     def save(self, path: str | Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import STORAGE_DTYPES
+from ._checks import COMPUTE_DTYPES, QUANTISED_DTYPE
 
 MAX_CHUNK_SIZE = 64
 
@@ -21,6 +21,11 @@ def rings_of_rows(ring_index: Tensor | None, rings: int, rows: int, device: torc
     return torch.zeros(rows, dtype=torch.int64, device=device)
 
 
+def token_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tokens are rounded to when they arrive in a store of `dtype`; a scale is known only when a chunk closes."""
+    return torch.bfloat16 if dtype == QUANTISED_DTYPE else dtype
+
+
 @dataclass(frozen=True)
 class Ring:
     """R rings of M chunks of C tokens for G key/value heads. `ring_write` changes the tensors in place.
@@ -28,17 +33,24 @@ class Ring:
     A chunk becomes searchable when its C-th token is written; chunk number n lives in slot n % M. Tokens of the chunk
     that is still open wait in `tail`, whose positions from `cursor % C` on hold nothing meaningful.
 
+    A float8_e4m3fn store is half a bfloat16 one. Tokens are bfloat16 until their chunk closes; then its keys, and its
+    values, are divided by `scale` = max(largest magnitude / 448, 2^-126) and rounded to the nearest, ties to even.
+    `store.float() * scale[..., None, None]` reads them back: to 1/16 of each number, or to 1/458752 of the largest one
+    of the chunk. A chunk with a value that is not finite reads back as NaN, its keys and its values each on their own.
+
     Attributes:
         store: [R, G, M, 2, C, D], key (0) and value (1) of a chunk beside each other: one contiguous gather per chunk.
-        centroid: [R, G, M, D], mean key of each chunk, summed in float32 over the stored keys.
-        tail: [R, G, 2, C, D], the open chunk.
-        cursor: [R] int64, tokens ever written.
+        centroid: [R, G, M, D], mean key of each chunk, summed in float32 over its tokens, of `token_dtype`.
+        tail: [R, G, 2, C, D], the open chunk, of `token_dtype`.
+        cursor: [R] int64, tokens ever written, below 2^48.
+        scale: [R, G, M, 2] float32, of the keys (0) and the values (1) of each chunk; None unless the store is float8.
     """
 
     store: Tensor
     centroid: Tensor
     tail: Tensor
     cursor: Tensor
+    scale: Tensor | None = None
 
     @classmethod
     def new(
@@ -66,17 +78,20 @@ class Ring:
             raise ValueError(f"Ring.new: chunk_size must be at most {MAX_CHUNK_SIZE}, got {chunk_size}")
         if chunks > 2**31 - 1:
             raise ValueError(f"Ring.new: chunks must be at most 2^31 - 1, got {chunks}")
-        if dtype not in (*STORAGE_DTYPES, torch.float64):
-            raise TypeError(f"Ring.new: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        if dtype not in (*COMPUTE_DTYPES, QUANTISED_DTYPE):
+            raise TypeError(
+                f"Ring.new: dtype must be float32, bfloat16, float16, float64 or float8_e4m3fn, got {dtype}"
+            )
 
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(
-            store=zeros(rings, kv_heads, chunks, 2, chunk_size, head_dim),
-            centroid=zeros(rings, kv_heads, chunks, head_dim),
-            tail=zeros(rings, kv_heads, 2, chunk_size, head_dim),
-            cursor=zeros(rings, dtype=torch.int64),
+            store=zeros(dtype, rings, kv_heads, chunks, 2, chunk_size, head_dim),
+            centroid=zeros(token_dtype(dtype), rings, kv_heads, chunks, head_dim),
+            tail=zeros(token_dtype(dtype), rings, kv_heads, 2, chunk_size, head_dim),
+            cursor=zeros(torch.int64, rings),
+            scale=zeros(torch.float32, rings, kv_heads, chunks, 2) if dtype == QUANTISED_DTYPE else None,
         )
 
     @property
@@ -101,12 +116,12 @@ class Ring:
 
     @property
     def key(self) -> Tensor:
-        """[R, G, M, C, D] view of the stored keys."""
+        """[R, G, M, C, D] view of the stored keys, without their scale."""
         return self.store[:, :, :, 0]
 
     @property
     def value(self) -> Tensor:
-        """[R, G, M, C, D] view of the stored values."""
+        """[R, G, M, C, D] view of the stored values, without their scale."""
         return self.store[:, :, :, 1]
 
     def count(self) -> Tensor:

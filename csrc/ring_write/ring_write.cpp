@@ -18,13 +18,15 @@ using torch::stable::Tensor;
 constexpr const char* kOp = "ring_write";
 
 RingWriteParams params_of(const Tensor& store, const Tensor& centroid, const Tensor& tail,
-                          const Tensor& cursor, const Tensor& key, const Tensor& value,
-                          const std::optional<Tensor>& ring_index, const std::optional<Tensor>& mask) {
+                          const Tensor& cursor, const std::optional<Tensor>& scale, const Tensor& key,
+                          const Tensor& value, const std::optional<Tensor>& ring_index,
+                          const std::optional<Tensor>& mask) {
   RingWriteParams p{};
   p.store = store.mutable_data_ptr();
   p.centroid = centroid.mutable_data_ptr();
   p.tail = tail.mutable_data_ptr();
   p.cursor = static_cast<int64_t*>(cursor.mutable_data_ptr());
+  p.scale = scale ? static_cast<float*>(scale->mutable_data_ptr()) : nullptr;
   p.key = key.const_data_ptr();
   p.value = value.const_data_ptr();
   p.ring_index = ring_index ? static_cast<const int32_t*>(ring_index->const_data_ptr()) : nullptr;
@@ -39,9 +41,9 @@ RingWriteParams params_of(const Tensor& store, const Tensor& centroid, const Ten
   return p;
 }
 
-void run_cpu(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, Tensor key, Tensor value,
-             std::optional<Tensor> ring_index, std::optional<Tensor> mask) {
-  const auto p = params_of(store, centroid, tail, cursor, key, value, ring_index, mask);
+void run_cpu(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, std::optional<Tensor> scale,
+             Tensor key, Tensor value, std::optional<Tensor> ring_index, std::optional<Tensor> mask) {
+  const auto p = params_of(store, centroid, tail, cursor, scale, key, value, ring_index, mask);
   if (p.B * p.T == 0) return;
   for (int64_t row = 0; row < p.B; ++row) {
     const int64_t ring = ring_of_row(p, row);
@@ -52,9 +54,9 @@ void run_cpu(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, Tensor k
 }
 
 #ifdef LONGMEM_CUDA
-void run_cuda(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, Tensor key, Tensor value,
-              std::optional<Tensor> ring_index, std::optional<Tensor> mask) {
-  const auto p = params_of(store, centroid, tail, cursor, key, value, ring_index, mask);
+void run_cuda(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, std::optional<Tensor> scale,
+              Tensor key, Tensor value, std::optional<Tensor> ring_index, std::optional<Tensor> mask) {
+  const auto p = params_of(store, centroid, tail, cursor, scale, key, value, ring_index, mask);
   if (p.B * p.T == 0) return;
   const int32_t device = store.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -62,11 +64,8 @@ void run_cuda(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, Tensor 
                   ": this PyTorch was built without CUDA");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const Tensor workspace =
-      torch::stable::new_empty(store, {ring_write_cuda_workspace(p)}, torch::headeronly::ScalarType::Byte);
   const char* error = ring_write_cuda(p, scalar_of(key.scalar_type(), kOp, "key"),
-                                      scalar_of(store.scalar_type(), kOp, "ring.store"),
-                                      workspace.mutable_data_ptr(), stream);
+                                      scalar_of(store.scalar_type(), kOp, "ring.store"), stream);
   STD_TORCH_CHECK(error == nullptr, kOp, ": CUDA launch failed: ", error);
 }
 #endif

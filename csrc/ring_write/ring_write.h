@@ -12,8 +12,9 @@ namespace longmem {
 // tokens. The ring's tensors are contiguous; strides are in elements.
 struct RingWriteParams {
   void* store;                // [R, G, M, 2, C, D]
-  void* centroid;             // [R, G, M, D]
-  void* tail;                 // [R, G, 2, C, D]
+  void* centroid;             // [R, G, M, D], of the tail's type
+  void* tail;                 // [R, G, 2, C, D], of the store's type, or bf16 if that is e4m3
+  float* scale;               // [R, G, M, 2], null unless the store is e4m3
   int64_t* cursor;            // [R]
   const void* key;            // [B, G, T, D]
   const void* value;          // [B, G, T, D]
@@ -23,18 +24,13 @@ struct RingWriteParams {
   int64_t key_stride[3], value_stride[3], mask_stride[2];
 };
 
-LONGMEM_HOST_DEVICE inline int64_t ring_of_row(const RingWriteParams& p, int64_t row) {
+LONGMEM_HOST_DEVICE static inline int64_t ring_of_row(const RingWriteParams& p, int64_t row) {
   return ring_of_row(p.ring_index, p.R, p.B, row);
 }
 
-LONGMEM_HOST_DEVICE inline int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
-
 void ring_write_cpu(const RingWriteParams& p, Scalar input, Scalar storage);
 
-// Bytes of device scratch that `ring_write_cuda` needs; its content before and after is meaningless.
-int64_t ring_write_cuda_workspace(const RingWriteParams& p);
 // `stream` is a cudaStream_t. Returns the error text of a failed launch, or null.
-const char* ring_write_cuda(const RingWriteParams& p, Scalar input, Scalar storage, void* workspace,
-                            void* stream);
+const char* ring_write_cuda(const RingWriteParams& p, Scalar input, Scalar storage, void* stream);
 
 }  // namespace longmem

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +141,15 @@ def attention(inputs: FusionInputs, attend: Callable[..., Tensor], *, backward: 
 
 
 def copy_of(ring: Ring) -> Ring:
-    return Ring(ring.store.clone(), ring.centroid.clone(), ring.tail.clone(), ring.cursor.clone())
+    parts = {part.name: getattr(ring, part.name) for part in fields(ring)}
+    return Ring(**{name: None if tensor is None else tensor.clone() for name, tensor in parts.items()})
 
 
 def contents(ring: Ring) -> tuple[Tensor, ...]:
     """What a ring holds: the unwritten part of the open chunk blanked, for it means nothing."""
     written = torch.arange(ring.chunk_size, device=ring.cursor.device) < (ring.cursor % ring.chunk_size)[:, None]
     tail = torch.where(written[:, None, None, :, None], ring.tail, 0.0)
-    return ring.store, ring.centroid, tail, ring.cursor
+    return ring.store, ring.centroid, tail, ring.cursor, *(() if ring.scale is None else (ring.scale,))
 
 
 def _prepare_write(inputs: WriteInputs, impl: str) -> Prepared:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._checks import (
     COMPUTE_DTYPES,
+    QUANTISED_DTYPE,
     Sizes,
     check_device,
     check_dtype,
@@ -15,7 +16,7 @@ from .._checks import (
     packed,
 )
 from .._dispatch import choose
-from ..ring import MAX_CHUNK_SIZE, Ring
+from ..ring import MAX_CHUNK_SIZE, Ring, token_dtype
 from .reference import ring_write_reference
 
 
@@ -30,14 +31,14 @@ def ring_write(
 ) -> None:
     """Append T tokens per row to the rows' rings, in place, on the ring's device, without a host sync.
 
-    Every C tokens a chunk closes into slot `chunk_number % M`, overwriting the oldest; its centroid is the mean of the
-    stored keys, summed in order in float32. Writing in pieces leaves exactly what writing at once leaves. Rows that
+    Every C tokens a chunk closes into slot `chunk_number % M`, overwriting the oldest; its centroid is the mean of its
+    keys, rounded as the ring keeps tokens and summed in order in float32. Writing in pieces leaves exactly what writing at once leaves. Rows that
     share a ring are appended in row order. (LongMem, section 2: the cached memory bank is updated after each segment.)
 
     Args:
         ring: the memory, changed in place.
-        key, value: [B, G, T, D] float32, bfloat16, float16 or float64, rounded to the ring's dtype. No gradient flows.
-            T = 0 writes nothing.
+        key, value: [B, G, T, D] float32, bfloat16, float16 or float64, rounded to the dtype of `ring.tail`. No gradient
+            flows. T = 0 writes nothing.
         ring_index: [B] int32 in [0, R), the ring of each row. Left out: row b writes ring b when R == B, ring 0 when
             R == 1. On CUDA a row whose ring does not exist is dropped unless `debug_checks(True)` makes it an error, as
             it always is on CPU.
@@ -71,14 +72,15 @@ def ring_write(
         ring_write_reference(ring, key, value, ring_index, mask)
     else:
         kernel = getattr(torch.ops.longmem, f"ring_write_{name}")
-        kernel(ring.store, ring.centroid, ring.tail, ring.cursor, key, value, ring_index, mask)
+        kernel(ring.store, ring.centroid, ring.tail, ring.cursor, ring.scale, key, value, ring_index, mask)
         if not torch.compiler.is_compiling():
             # So that a backward pass that still needs the old content fails instead of reading the new one.
-            torch.autograd.graph.increment_version((ring.store, ring.centroid))
+            scale = () if ring.scale is None else (ring.scale,)
+            torch.autograd.graph.increment_version((ring.store, ring.centroid, *scale))
 
 
 def _check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
-    """Kernels write through bare pointers into all four tensors: each must have the size and dtype they count on."""
+    """Kernels write through bare pointers into all its tensors: each must have the size and dtype they count on."""
     sizes.bind("ring.store", ring.store, "R G M 2 C D")
     sizes.bind("ring.centroid", ring.centroid, "R G M D")
     sizes.bind("ring.tail", ring.tail, "R G 2 C D")
@@ -86,12 +88,21 @@ def _check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
     sizes.positive("R", "G", "M", "C", "D")
     if sizes["C"] > MAX_CHUNK_SIZE:
         raise ValueError(f"{op}: chunks of ring.store must have at most {MAX_CHUNK_SIZE} tokens, got C = {sizes['C']}")
-    check_dtype(op, "ring.store", ring.store, COMPUTE_DTYPES)
-    check_dtype(op, "ring.centroid", ring.centroid, (ring.store.dtype,))
-    check_dtype(op, "ring.tail", ring.tail, (ring.store.dtype,))
+    quantised = ring.store.dtype == QUANTISED_DTYPE
+    if quantised != (ring.scale is not None):
+        wanted = "a tensor [R, G, M, 2]" if quantised else "None"
+        got = "None" if ring.scale is None else "a tensor"
+        raise ValueError(f"{op}: ring.scale must be {wanted} beside a {ring.store.dtype} ring.store, got {got}")
+    parts = {name: getattr(ring, name) for name in ("store", "centroid", "tail", "cursor")}
+    if ring.scale is not None:
+        sizes.bind("ring.scale", ring.scale, "R G M 2")
+        check_dtype(op, "ring.scale", ring.scale, (torch.float32,))
+        parts["scale"] = ring.scale
+    check_dtype(op, "ring.store", ring.store, (*COMPUTE_DTYPES, QUANTISED_DTYPE))
+    check_dtype(op, "ring.centroid", ring.centroid, (token_dtype(ring.store.dtype),))
+    check_dtype(op, "ring.tail", ring.tail, (token_dtype(ring.store.dtype),))
     check_dtype(op, "ring.cursor", ring.cursor, (torch.int64,))
-    for name in ("store", "centroid", "tail", "cursor"):
-        tensor = getattr(ring, name)
+    for name, tensor in parts.items():
         if tensor.device != ring.store.device:
             raise ValueError(f"{op}: ring.{name} must be on {ring.store.device} like ring.store, got {tensor.device}")
         if not tensor.is_contiguous():

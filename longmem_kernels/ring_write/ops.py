@@ -8,7 +8,7 @@ from torch import Tensor
 from .._extension import library
 
 _ARGUMENTS = (
-    "(Tensor(a!) store, Tensor(b!) centroid, Tensor(c!) tail, Tensor(d!) cursor,"
+    "(Tensor(a!) store, Tensor(b!) centroid, Tensor(c!) tail, Tensor(d!) cursor, Tensor(e!)? scale,"
     " Tensor key, Tensor value, Tensor? ring_index, Tensor? mask) -> ()"
 )
 library.define("ring_write_cpp" + _ARGUMENTS)
@@ -22,6 +22,7 @@ def _fake(
     centroid: Tensor,
     tail: Tensor,
     cursor: Tensor,
+    scale: Tensor | None,
     key: Tensor,
     value: Tensor,
     ring_index: Tensor | None,

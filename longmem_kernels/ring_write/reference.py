@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import QUANTISED_DTYPE
 from ..ring import Ring, rings_of_rows
 
 
@@ -44,19 +45,42 @@ def ring_write_reference(
     token = source[index]  # [R, W, C]
 
     incoming = torch.stack([key, value]).permute(1, 3, 2, 0, 4).reshape(B * T, ring.kv_heads, 2, ring.head_dim)
-    fresh = incoming[token].to(ring.store.dtype).permute(0, 3, 1, 4, 2, 5)  # [R, G, W, 2, C, D]
+    fresh = incoming[token].to(ring.tail.dtype).permute(0, 3, 1, 4, 2, 5)  # [R, G, W, 2, C, D]
     content = torch.where(written_now[:, None, :, None, :, None], fresh, ring.tail[:, :, None])
 
-    rows = torch.arange(R, device=device)[:, None]
     slot = closed.remainder(M)
-    fits = (closed >= begin[:, None] // C)[:, None, :, None]  # [R, 1, laps, 1]
-    total = torch.zeros_like(content[:, :, :-1, 0, 0], dtype=torch.promote_types(torch.float32, content.dtype))
-    for offset in range(C):  # in order, so that every implementation rounds alike
-        total = total + content[:, :, :-1, 0, offset].to(total.dtype)
-    centroid = (total / C).to(ring.centroid.dtype)
-    old_store, old_centroid = ring.store[rows, :, slot], ring.centroid[rows, :, slot]  # [R, laps, G, ...]
-    keep = fits.transpose(1, 2)
-    ring.store[rows, :, slot] = torch.where(keep[..., None, None], content[:, :, :-1].transpose(1, 2), old_store)
-    ring.centroid[rows, :, slot] = torch.where(keep, centroid.transpose(1, 2), old_centroid)
+    fits = closed >= begin[:, None] // C
+    whole = content[:, :, :-1]  # [R, G, laps, 2, C, D]
+    if ring.scale is not None:
+        quantised, scale = quantise(whole)
+        _put(ring.store.view(torch.uint8), slot, fits, quantised.view(torch.uint8))
+        _put(ring.scale, slot, fits, scale)
+    else:
+        _put(ring.store, slot, fits, whole)
+    _put(ring.centroid, slot, fits, _mean_key(whole))
     ring.tail.copy_(content[:, :, -1])
     ring.cursor.copy_(end)
+
+
+def quantise(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [..., C, D] as float8_e4m3fn, and their scale [...] in float32: see `Ring`."""
+    exact = tokens.float()
+    largest = exact.abs().amax((-2, -1), keepdim=True)  # NaN if any is
+    # Divided by tensors: on CUDA, division by a number is a product with its rounded reciprocal.
+    scale = (largest / torch.full_like(largest, 448.0)).clamp(min=2.0**-126)
+    return (exact / scale).to(QUANTISED_DTYPE), scale[..., 0, 0]
+
+
+def _mean_key(chunks: Tensor) -> Tensor:
+    """[R, G, W, D] of chunks [R, G, W, 2, C, D]."""
+    total = torch.zeros_like(chunks[..., 0, 0, :], dtype=torch.promote_types(torch.float32, chunks.dtype))
+    for offset in range(chunks.shape[4]):  # in order, so that every implementation rounds alike
+        total = total + chunks[..., 0, offset, :].to(total.dtype)
+    return (total / torch.full_like(total, chunks.shape[4])).to(chunks.dtype)
+
+
+def _put(part: Tensor, slot: Tensor, fits: Tensor, content: Tensor) -> None:
+    """Write `content` [R, G, W, ...] to the slots [R, W] of `part` [R, G, M, ...] where `fits` [R, W]."""
+    rows = torch.arange(part.shape[0], device=part.device)[:, None]
+    keep = fits.view(*fits.shape, *[1] * (part.dim() - 2))
+    part[rows, :, slot] = torch.where(keep, content.transpose(1, 2), part[rows, :, slot])  # [R, W, G, ...]
