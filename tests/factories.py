@@ -33,8 +33,9 @@ def new_ring(
 
 def poison(ring: Ring) -> Ring:
     """Fill what was never written with NaN, so that reading it shows."""
-    for part in (ring.store, ring.centroid, ring.tail):
-        part.fill_(torch.nan)
+    for part in (ring.store, ring.centroid, ring.tail, ring.scale):
+        if part is not None:
+            part.fill_(torch.nan)
     return ring
 
 
@@ -42,7 +43,7 @@ def random_ring(tokens: int, *, rings: int = 2, implementation: str = "reference
     """A ring whose every ring was given `tokens` random tokens; the rest of it is NaN."""
     ring = poison(new_ring(rings=rings, **sizes))  # type: ignore[arg-type]
     shape = (rings, ring.kv_heads, tokens, ring.head_dim)
-    key, value = (torch.randn(shape, device=ring.store.device).to(ring.store.dtype) for _ in range(2))
+    key, value = (torch.randn(shape, device=ring.store.device).to(ring.tail.dtype) for _ in range(2))
     ring_write(ring, key, value, impl=implementation)
     return ring
 

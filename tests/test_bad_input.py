@@ -144,6 +144,22 @@ def test_ring_write_refuses_and_leaves_the_ring_as_it_was(
         (lambda r: {"cursor": r.cursor.int()}, TypeError, ["ring.cursor", "int64", "int32"]),
         (lambda r: {"cursor": r.cursor[:1]}, ValueError, ["ring.cursor", "R = 2", "(1,)"]),
         (lambda r: {"cursor": r.cursor.to("meta")}, ValueError, ["ring.cursor", "cpu", "meta"]),
+        (lambda r: {"scale": zeros(2, 2, 5, 2)}, ValueError, ["ring.scale must be None", "float32", "a tensor"]),
+        (
+            lambda r: {"store": r.store.to(torch.float8_e4m3fn)},
+            ValueError,
+            ["ring.scale must be a tensor [R, G, M, 2]", "float8_e4m3fn", "None"],
+        ),
+        (
+            lambda r: {"store": r.store.to(torch.float8_e4m3fn), "scale": zeros(2, 2, 5, 2)},
+            TypeError,
+            ["ring.centroid", "bfloat16", "float32"],
+        ),
+        (
+            lambda r: {"store": r.store.to(torch.float8_e4m3fn), "scale": zeros(2, 2, 5, 1)},
+            ValueError,
+            ["ring.scale", "(2, 2, 5, 1)"],
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -88,13 +88,17 @@ def test_padding_is_not_remembered() -> None:
     assert memory.ring.cursor.tolist() == [8, 3]
 
 
-def test_saved_memory_comes_back_whole(tmp_path: Path) -> None:
-    memory = bank(fingerprint="model/layer2", dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_saved_memory_comes_back_whole(tmp_path: Path, dtype: torch.dtype) -> None:
+    memory = bank(fingerprint="model/layer2", dtype=dtype)
     memory.write(*segment(10))
     memory.save(tmp_path / "memory.safetensors")
     again = MemoryBank.load(tmp_path / "memory.safetensors", "model/layer2")
-    for name, tensor in memory.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor)
+    state = memory.state_dict()
+    assert ("scale" in state) == (dtype == torch.float8_e4m3fn) and again.state_dict().keys() == state.keys()
+    for name, tensor in state.items():
+        assert again.state_dict()[name].dtype == tensor.dtype
+        assert torch.equal(again.state_dict()[name].float(), tensor.float())
     assert repr(again) == repr(memory)
 
 
@@ -121,6 +125,27 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     with pytest.raises(ValueError, match="store must be"):
         memory.load_state_dict(larger.state_dict())
     assert all(torch.equal(memory.state_dict()[name], before[name]) for name in before)
+
+
+def test_a_quantised_memory_needs_its_scale() -> None:
+    memory = bank(dtype=torch.float8_e4m3fn)
+    memory.write(*segment(8))
+    state = memory.state_dict()
+    del state["scale"]
+    with pytest.raises(ValueError, match=r"scale must be torch\.float32 \(2, 1, 4, 2\), got nothing"):
+        memory.load_state_dict(state)
+
+
+def test_a_quantised_memory_finds_what_a_bfloat16_memory_finds() -> None:
+    """Centroids are means of the tokens before they are quantised."""
+    exact, small = bank(dtype=torch.bfloat16), bank(dtype=torch.float8_e4m3fn)
+    query, (key, value) = torch.randn(2, 1, 3, 4), segment(16)
+    found = []
+    for memory in (exact, small):
+        memory.write(key, value)
+        found.append(memory.retrieve(query, 2))
+        assert memory.stats()["fill"] == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(

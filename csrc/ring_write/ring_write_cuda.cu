@@ -45,16 +45,9 @@ __device__ Vector<T, W> load(const T* from) {
   return *reinterpret_cast<const Vector<T, W>*>(from);
 }
 
-// As words: nvcc writes a vector that was put together element by element in pieces otherwise.
 template <typename T, int W>
 __device__ void store(T* to, const Vector<T, W>& value) {
-  using Word = std::conditional_t<sizeof value % 16 == 0, uint4,
-                                  std::conditional_t<sizeof value % 8 == 0, uint2, Vector<T, W>>>;
-  constexpr int kWords = sizeof value / sizeof(Word);
-  Word words[kWords];
-  memcpy(words, &value, sizeof value);
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) reinterpret_cast<Word*>(to)[i] = words[i];
+  *reinterpret_cast<Vector<T, W>*>(to) = value;
 }
 
 template <typename To, typename From, int W>
