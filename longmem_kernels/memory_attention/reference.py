@@ -114,7 +114,7 @@ def _gather(
 ) -> Tensor:
     """Chunks by id, times their `scale` [R, G, M]: [B, H, T, K*C, D], zero where the id is -1."""
     B, H, _, _ = chunk_ids.shape
-    R, G, _, C, _ = memory.shape
+    R, G = memory.shape[:2]
     device = chunk_ids.device
     ring = rings_of_rows(ring_index, R, B, device)
     head = torch.arange(H, device=device) // (H // G)
