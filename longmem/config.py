@@ -43,8 +43,9 @@ class LongMemConfig:
     segment: int = 256
     scope: str = "row"
 
-    def check(self, layers: int) -> None:
-        """Raises ValueError when a value is out of range for a backbone of `layers` layers."""
+    def check(self, layers: int, max_segment: int | None = None) -> None:
+        """Raises ValueError when a value is out of range for a backbone of `layers` layers, whose positions reach
+        `max_segment`."""
         wrong = []
         if not 0 <= self.memory_layer < layers:
             wrong.append(f"memory_layer must lie in [0, {layers}), got {self.memory_layer}")
@@ -63,6 +64,8 @@ class LongMemConfig:
         for name in ("chunk_size", "chunks_per_query", "segment"):
             if getattr(self, name) < 1:
                 wrong.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        if max_segment is not None and self.segment > max_segment:
+            wrong.append(f"segment must be at most {max_segment}, the backbone's positions, got {self.segment}")
         if self.chunk_size >= 1 and (self.memory_tokens < 1 or self.memory_tokens % self.chunk_size):
             wrong.append(f"memory_tokens must be a positive multiple of chunk_size, got {self.memory_tokens}")
         if wrong:

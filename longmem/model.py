@@ -44,7 +44,7 @@ class LongMem(nn.Module):
 
     def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
         super().__init__()
-        config.check(len(backbone.layers))
+        config.check(len(backbone.layers), backbone.max_segment)
         self.backbone, self.config = backbone, config
         self.sidenet = SideNet(backbone, config)
         self.sidenet.to(backbone.device)

@@ -46,7 +46,7 @@ class MemoryRead(nn.Module):
         layer: DecoderLayer,
     ) -> Tensor:
         """normed [B, T, E], query [B, H, T, D], key and value [B, G, S, D] -> [B, T, E]."""
-        output = layer.output if self.output is None else self.output
+        output = layer.output if self.output is None else self.output  # the layer applies its own norm, if any, to it
         if memory is None:
             return output(merge_heads(layer.local_attention(query, key, value)))
         if self.query is not None:
@@ -63,6 +63,7 @@ class MemoryRead(nn.Module):
             memory_query=unrotated_query,
             gate=self.gate,
             fusion=self.fusion,
+            scale=layer.scale,
             alibi_slopes=layer.slopes,
             window=layer.window,
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from models import FAMILIES, VOCABULARY, tiny_backbone, tiny_huggingface
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import OPTConfig, OPTForCausalLM
 
-from longmem import PaperGPTConfig, huggingface_backbone, paper_gpt
+from longmem import LongMem, LongMemConfig, PaperGPTConfig, huggingface_backbone, paper_gpt
 from longmem.backbones import BackboneCache
 from longmem.backbones.layers import alibi_slopes
 
@@ -22,6 +22,46 @@ def test_logits_are_the_models_own(family: str) -> None:
         torch.testing.assert_close(backbone.logits(states.hidden[5]), model(tokens).logits, atol=1e-5, rtol=1e-5)
         expected = model(tokens, output_hidden_states=True).hidden_states[0]
     torch.testing.assert_close(states.hidden[0], expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_logits_are_the_models_own_with_an_untied_head(family: str) -> None:
+    model = tiny_huggingface(family, tied=False)
+    tokens = torch.randint(0, VOCABULARY, (2, 20))
+    backbone = huggingface_backbone(model)
+    with torch.no_grad():
+        logits = backbone.logits(backbone.encode(tokens, 2, {5}).hidden[5])
+        torch.testing.assert_close(logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_model(family: str) -> None:
+    model = tiny_huggingface(family)
+    tokens = torch.randint(0, VOCABULARY, (2, 20))
+    with torch.no_grad():
+        exact = model(tokens).logits
+        model.bfloat16()
+        backbone = huggingface_backbone(model)
+        states = backbone.encode(tokens, 2, {5})
+        error, own_error = (
+            float((logits - exact).square().mean().sqrt())
+            for logits in (backbone.logits(states.hidden[5]), model(tokens).logits)
+        )
+    assert states.key.dtype == torch.bfloat16
+    assert error < 1.5 * own_error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_empty_memory_leaves_the_models_logits(family: str) -> None:
+    model = tiny_huggingface(family)
+    longmem = LongMem(huggingface_backbone(model), LongMemConfig(memory_layer=2, segment=20, memory_tokens=64))
+    memory = longmem.new_memory(rows=2)
+    tokens = torch.randint(0, VOCABULARY, (2, 20))
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        torch.testing.assert_close(longmem(tokens, memory).logits, wanted, atol=1e-4, rtol=1e-4)
+        # What was written is read: the second time the same segment has a past.
+        assert not torch.allclose(longmem(tokens, memory).logits, wanted, atol=1e-2)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "paper"])
@@ -81,9 +121,41 @@ def test_alibi_slopes_of_head_counts_that_are_no_powers_of_two() -> None:
 
 
 def test_unsupported_architecture_is_refused_with_the_list_of_supported_ones() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11))
-    with pytest.raises(ValueError, match=r"'gpt2' is not supported; supported: llama"):
+    model = OPTForCausalLM(
+        OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8, vocab_size=11)
+    )
+    with pytest.raises(ValueError, match=r"'opt' is not among them; supported: llama, .*gpt2.*bloom"):
         huggingface_backbone(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "residuals start after the norm"),
+        ("gpt2", {"add_cross_attention": True}, "attends to an encoder"),
+        ("gemma3", {"attn_logit_softcapping": 5.0}, r"scores are capped \(attn_logit_softcapping=5.0\)"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic' changes"),
+    ],
+)
+def test_options_that_the_wiring_lacks_are_refused_with_the_reason(
+    family: str, options: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        huggingface_backbone(tiny_huggingface(family, **options))
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="language-model head, got LlamaModel"):
+        huggingface_backbone(tiny_huggingface("llama").model)
+
+
+def test_segments_longer_than_the_learned_positions_are_refused() -> None:
+    backbone = tiny_backbone("gpt2")
+    assert backbone.max_segment == 128 and tiny_backbone("llama").max_segment is None
+    with pytest.raises(ValueError, match="positions for 128 tokens, got a segment of 129"):
+        backbone.encode(torch.zeros(1, 129, dtype=torch.int64), 2, {5})
+    with pytest.raises(ValueError, match="segment must be at most 128"):
+        LongMem(backbone, LongMemConfig(memory_layer=2, segment=129))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ class Backbone(nn.Module):
         embed: token ids [B, T] -> [B, T, E].
         layers: the decoder layers in order.
         norm, head: [B, T, E] -> logits [B, T, vocab_size].
+        positions: learned embeddings of positions in a segment, added to those of tokens.
+        embed_norm: applied to their sum.
     """
 
     def __init__(
@@ -54,9 +56,12 @@ class Backbone(nn.Module):
         *,
         vocab_size: int,
         hidden_size: int,
+        positions: nn.Embedding | None = None,
+        embed_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.name, self.vocab_size, self.hidden_size = name, vocab_size, hidden_size
+        self.positions, self.embed_norm = positions, embed_norm
         self.embed, self.layers, self.norm, self.head = embed, nn.ModuleList(layers), norm, head
         self.requires_grad_(False)
         self.eval()
@@ -71,6 +76,18 @@ class Backbone(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    @property
+    def max_segment(self) -> int | None:
+        """The longest segment it has positions for; None: no limit of its own."""
+        return None if self.positions is None else self.positions.num_embeddings
+
+    def embed_at(self, tokens: Tensor, start: int) -> Tensor:
+        """tokens [B, T], the first at position `start` of the segment -> [B, T, E]."""
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(start, start + tokens.shape[1], device=tokens.device))
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def layer(self, index: int) -> DecoderLayer:
         layer = self.layers[index]
@@ -94,11 +111,16 @@ class Backbone(nn.Module):
             cache: the segment so far, when `tokens` continues it.
 
         Raises:
-            ValueError: tokens of another shape, or outside the vocabulary.
+            ValueError: tokens of another shape, outside the vocabulary, or more than there are positions for.
         """
         self._check(tokens)
         start = cache.length if cache is not None else 0
-        x = self.embed(tokens)
+        if self.max_segment is not None and start + tokens.shape[1] > self.max_segment:
+            raise ValueError(
+                f"Backbone: {self.name} has positions for {self.max_segment} tokens, got a segment of"
+                f" {start + tokens.shape[1]}"
+            )
+        x = self.embed_at(tokens, start)
         hidden = {0: x} if 0 in depths else {}
         highest = max(depths, default=0)
         for i in range(max(highest, memory_layer + 1)):
