@@ -70,7 +70,7 @@ def tiny_backbone(family: str = "llama") -> Backbone:
 
 def tiny_longmem(family: str = "llama", **options: Any) -> LongMem:
     """Segments of 12 tokens, 64 tokens of memory, 3 chunks of 4 per query, memory layer 2 of 5."""
-    defaults = {"memory_layer": 2, "segment": 12, "memory_tokens": 64, "chunks_per_query": 3}
+    defaults = {"memory_layers": (2,), "segment": 12, "memory_tokens": 64, "chunks_per_query": 3}
     return LongMem(tiny_backbone(family), LongMemConfig(**(defaults | options)))
 
 
@@ -92,5 +92,5 @@ def learnable_longmem(**options: Any) -> LongMem:
             torch.nn.init.normal_(parameter, std=0.05)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     torch.nn.init.normal_(model.model.layers[1].self_attn.v_proj.weight, std=0.2)
-    defaults = {"memory_layer": 1, "segment": 6, "memory_tokens": 64, "chunks_per_query": 6}
+    defaults = {"memory_layers": (1,), "segment": 6, "memory_tokens": 64, "chunks_per_query": 6}
     return LongMem(huggingface_backbone(model, "learnable"), LongMemConfig(**(defaults | options)))

@@ -17,7 +17,7 @@ def test_logits_are_the_models_own(family: str) -> None:
     model = tiny_huggingface(family)
     backbone = huggingface_backbone(model)
     tokens = torch.randint(0, VOCABULARY, (2, 20))
-    states = backbone.encode(tokens, 2, {0, 5})
+    states = backbone.encode(tokens, (2,), {0, 5})
     with torch.no_grad():
         torch.testing.assert_close(backbone.logits(states.hidden[5]), model(tokens).logits, atol=1e-5, rtol=1e-5)
         expected = model(tokens, output_hidden_states=True).hidden_states[0]
@@ -30,7 +30,7 @@ def test_logits_are_the_models_own_with_an_untied_head(family: str) -> None:
     tokens = torch.randint(0, VOCABULARY, (2, 20))
     backbone = huggingface_backbone(model)
     with torch.no_grad():
-        logits = backbone.logits(backbone.encode(tokens, 2, {5}).hidden[5])
+        logits = backbone.logits(backbone.encode(tokens, (2,), {5}).hidden[5])
         torch.testing.assert_close(logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -42,7 +42,7 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_the_model(family: str) -> None:
         exact = model(tokens).logits
         model.bfloat16()
         backbone = huggingface_backbone(model)
-        states = backbone.encode(tokens, 2, {5})
+        states = backbone.encode(tokens, (2,), {5})
         error, own_error = (
             float((logits - exact).square().mean().sqrt())
             for logits in (backbone.logits(states.hidden[5]), model(tokens).logits)
@@ -54,7 +54,7 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_the_model(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_empty_memory_leaves_the_models_logits(family: str) -> None:
     model = tiny_huggingface(family)
-    longmem = LongMem(huggingface_backbone(model), LongMemConfig(memory_layer=2, segment=20, memory_tokens=64))
+    longmem = LongMem(huggingface_backbone(model), LongMemConfig(memory_layers=(2,), segment=20, memory_tokens=64))
     memory = longmem.new_memory(rows=2)
     tokens = torch.randint(0, VOCABULARY, (2, 20))
     with torch.no_grad():
@@ -68,9 +68,9 @@ def test_an_empty_memory_leaves_the_models_logits(family: str) -> None:
 def test_encoding_in_pieces_equals_encoding_at_once(family: str) -> None:
     backbone = tiny_backbone(family)
     tokens = torch.randint(0, VOCABULARY, (2, 20))
-    whole = backbone.encode(tokens, 2, {0, 5})
+    whole = backbone.encode(tokens, (2,), {0, 5})
     cache = BackboneCache()
-    pieces = [backbone.encode(piece, 2, {0, 5}, cache) for piece in tokens.split([7, 1, 1, 11], 1)]
+    pieces = [backbone.encode(piece, (2,), {0, 5}, cache) for piece in tokens.split([7, 1, 1, 11], 1)]
     for depth in (0, 5):
         joined = torch.cat([piece.hidden[depth] for piece in pieces], 1)
         torch.testing.assert_close(joined, whole.hidden[depth], atol=1e-4, rtol=1e-4)
@@ -83,23 +83,23 @@ def test_encoding_stops_where_nothing_more_is_asked_for() -> None:
     called = []
     for i, layer in enumerate(backbone.layers):
         layer.register_forward_hook(lambda *_, i=i: called.append(i))
-    low = backbone.encode(tokens, 3, {3})
+    low = backbone.encode(tokens, (3,), {3})
     assert called == [0, 1, 2]
-    high = backbone.encode(tokens, 3, {3, 5})
+    high = backbone.encode(tokens, (3,), {3, 5})
     assert torch.equal(low.key, high.key) and torch.equal(low.hidden[3], high.hidden[3])
     torch.testing.assert_close(backbone.resume(high.hidden[3], 3), high.hidden[5])
 
 
 def test_memory_keys_are_stored_before_rotation() -> None:
     """The same token at two positions of a segment has the same embedding, so layer 0 stores the same key twice."""
-    key = tiny_backbone().encode(torch.tensor([[5, 6, 5]]), 0, {0}).key
+    key = tiny_backbone().encode(torch.tensor([[5, 6, 5]]), (0,), {0}).key
     torch.testing.assert_close(key[:, :, 0], key[:, :, 2])
 
 
 def test_a_backbone_is_frozen() -> None:
     backbone = tiny_backbone().train()
     assert not backbone.training and not any(p.requires_grad for p in backbone.parameters())
-    assert not backbone.encode(torch.zeros(1, 4, dtype=torch.int64), 2, {5}).hidden[5].requires_grad
+    assert not backbone.encode(torch.zeros(1, 4, dtype=torch.int64), (2,), {5}).hidden[5].requires_grad
 
 
 def test_published_paper_gpt_has_the_published_number_of_parameters() -> None:
@@ -153,9 +153,9 @@ def test_segments_longer_than_the_learned_positions_are_refused() -> None:
     backbone = tiny_backbone("gpt2")
     assert backbone.max_segment == 128 and tiny_backbone("llama").max_segment is None
     with pytest.raises(ValueError, match="positions for 128 tokens, got a segment of 129"):
-        backbone.encode(torch.zeros(1, 129, dtype=torch.int64), 2, {5})
+        backbone.encode(torch.zeros(1, 129, dtype=torch.int64), (2,), {5})
     with pytest.raises(ValueError, match="segment must be at most 128"):
-        LongMem(backbone, LongMemConfig(memory_layer=2, segment=129))
+        LongMem(backbone, LongMemConfig(memory_layers=(2,), segment=129))
 
 
 @pytest.mark.parametrize(
@@ -170,4 +170,4 @@ def test_segments_longer_than_the_learned_positions_are_refused() -> None:
 )
 def test_bad_tokens_are_named(tokens: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny_backbone().encode(tokens, 2, {5})
+        tiny_backbone().encode(tokens, (2,), {5})

@@ -18,7 +18,7 @@ class States:
 
     Attributes:
         hidden: backbone depth i -> [B, T, E]: 0 is the embedding, i the output of layer i - 1, before the final norm.
-        key, value: [B, G, T, D] of the memory layer, before rotation: what a memory stores.
+        key, value: [B, L * G, T, D] of the L memory layers, one after another, before rotation: what a memory stores.
     """
 
     hidden: dict[int, Tensor]
@@ -100,13 +100,17 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, tokens: Tensor, memory_layer: int, depths: Collection[int], cache: BackboneCache | None = None
+        self,
+        tokens: Tensor,
+        memory_layers: Sequence[int],
+        depths: Collection[int],
+        cache: BackboneCache | None = None,
     ) -> States:
         """Encode segments, no further up than asked for.
 
         Args:
             tokens: [B, T] int64.
-            memory_layer: the layer whose keys and values are returned.
+            memory_layers: the layers whose keys and values are returned, ascending.
             depths: the hidden states to return, 0 to the number of layers.
             cache: the segment so far, when `tokens` continues it.
 
@@ -122,18 +126,20 @@ class Backbone(nn.Module):
             )
         x = self.embed_at(tokens, start)
         hidden = {0: x} if 0 in depths else {}
-        highest = max(depths, default=0)
-        for i in range(max(highest, memory_layer + 1)):
+        highest, last = max(depths, default=0), memory_layers[-1]
+        stored = []
+        for i in range(max(highest, last + 1)):
             layer = self.layer(i)
-            if i == memory_layer:
-                key, value = layer.project_memory(layer.input_norm(x))
-                if i >= highest:
+            if i in memory_layers:
+                stored.append(layer.project_memory(layer.input_norm(x)))
+                if i == last and i >= highest:
                     break
             x = layer(x, start=start, cache=cache.layers.setdefault(i, LayerCache()) if cache is not None else None)
             if i + 1 in depths:
                 hidden[i + 1] = x
         if cache is not None:
             cache.length += tokens.shape[1]
+        key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*stored, strict=True))
         return States(hidden, key, value)
 
     @torch.no_grad()
