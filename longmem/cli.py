@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .backbones.load import default_memory_layer, load_backbone
+from .backbones.load import default_memory_layers, load_backbone
 from .config import LongMemConfig
 from .console import (
     announce,
@@ -44,8 +44,9 @@ def train(
     backbone: Annotated[
         str, typer.Option(help="smollm2, or a folder or hub name of a transformers model.")
     ] = "smollm2",
-    memory_layer: Annotated[
-        int | None, typer.Option(help="Layer stored and read; default: measured, or 2/3 depth.")
+    memory_layers: Annotated[
+        list[int] | None,
+        typer.Option("--memory-layer", help="Layer stored and read, may be repeated; default: measured, or 2/3 depth."),
     ] = None,
     sidenet: Annotated[str, typer.Option(help="none, exact or paper.")] = "none",
     trainable: Annotated[str, typer.Option(help="read, or all (with a SideNet).")] = "read",
@@ -76,7 +77,7 @@ def train(
     model = LongMem(
         frozen,
         LongMemConfig(
-            memory_layer=default_memory_layer(frozen) if memory_layer is None else memory_layer,
+            memory_layers=tuple(sorted(memory_layers)) if memory_layers else default_memory_layers(frozen),
             sidenet=sidenet,
             trainable=trainable,
             reduction=reduction,

@@ -13,14 +13,14 @@ class LongMemConfig:
     """Architecture and memory of a LongMem; saved with it.
 
     Attributes:
-        memory_layer: the backbone layer whose keys and values are stored, 0-based. Which one serves best is a property
-            of the backbone (docs/decisions.md).
-        sidenet: "none": memory is read inside the frozen backbone's own memory layer. "exact": a SideNet whose layers
+        memory_layers: the backbone layers whose keys and values are stored, 0-based, ascending. Which ones serve best
+            is a property of the backbone (docs/decisions.md).
+        sidenet: "none": memory is read inside the frozen backbone's own memory layers. "exact": a SideNet whose layers
             copy backbone layers f*i and whose residuals carry what the skipped layers added, so that before training
             the output is the backbone's. "paper": the published start, layers f*i + f - 1 and residuals
             `H[f*i+f] - H[f*i]` (LongMem, section 2.2).
         reduction: f, backbone layers per SideNet layer.
-        trainable: "read": the memory layer's own query and output projections, gate and temperature. "all": the SideNet
+        trainable: "read": the memory layers' own query and output projections, gate and temperature. "all": the SideNet
             too.
         fusion: "joint" or "gated", see `memory_attention`.
         gate_start: initial gate logit per head, for "gated".
@@ -31,7 +31,7 @@ class LongMemConfig:
         scope: "row" or "shared", see `MemoryBank`.
     """
 
-    memory_layer: int
+    memory_layers: tuple[int, ...]
     sidenet: str = "none"
     reduction: int = 2
     trainable: str = "read"
@@ -43,17 +43,30 @@ class LongMemConfig:
     segment: int = 256
     scope: str = "row"
 
-    def check(self, layers: int) -> None:
-        """Raises ValueError when a value is out of range for a backbone of `layers` layers."""
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "memory_layers", tuple(self.memory_layers))  # JSON has lists
+
+    def check(self, layers: int, max_segment: int | None = None) -> None:
+        """Raises ValueError when a value is out of range for a backbone of `layers` layers, whose positions reach
+        `max_segment`."""
         wrong = []
-        if not 0 <= self.memory_layer < layers:
-            wrong.append(f"memory_layer must lie in [0, {layers}), got {self.memory_layer}")
+        ascending = list(self.memory_layers) == sorted(set(self.memory_layers))
+        if not self.memory_layers or not ascending or self.memory_layers[0] < 0 or self.memory_layers[-1] >= layers:
+            wrong.append(
+                f"memory_layers must be at least one layer in [0, {layers}), ascending, got {self.memory_layers}"
+            )
         if self.sidenet not in SIDENETS:
             wrong.append(f"sidenet must be one of {', '.join(SIDENETS)}, got {self.sidenet!r}")
         if self.sidenet != "none" and not 1 <= self.reduction <= layers:
             wrong.append(f"reduction must lie in [1, {layers}], got {self.reduction}")
-        if self.sidenet != "none" and self.memory_layer // max(self.reduction, 1) >= layers // max(self.reduction, 1):
-            wrong.append(f"memory_layer {self.memory_layer} lies above the last SideNet layer")
+        elif self.sidenet != "none" and self.memory_layers:
+            places = [layer // self.reduction for layer in self.memory_layers]
+            if places[-1] >= layers // self.reduction:
+                wrong.append(f"memory layer {self.memory_layers[-1]} lies above the last SideNet layer")
+            if len(set(places)) < len(places):
+                wrong.append(
+                    f"memory_layers {self.memory_layers} must fall into different SideNet layers (f = {self.reduction})"
+                )
         if self.trainable not in ("read", "all"):
             wrong.append(f"trainable must be read or all, got {self.trainable!r}")
         if self.sidenet == "none" and self.trainable == "all":
@@ -63,13 +76,15 @@ class LongMemConfig:
         for name in ("chunk_size", "chunks_per_query", "segment"):
             if getattr(self, name) < 1:
                 wrong.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        if max_segment is not None and self.segment > max_segment:
+            wrong.append(f"segment must be at most {max_segment}, the backbone's positions, got {self.segment}")
         if self.chunk_size >= 1 and (self.memory_tokens < 1 or self.memory_tokens % self.chunk_size):
             wrong.append(f"memory_tokens must be a positive multiple of chunk_size, got {self.memory_tokens}")
         if wrong:
             raise ValueError("LongMemConfig: " + "; ".join(wrong))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"memory_layers": list(self.memory_layers)}  # as JSON gives it back
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LongMemConfig:

@@ -32,7 +32,8 @@ class MemoryBank:
 
     Args:
         rows: B, the batch rows it serves.
-        kv_heads, head_dim: G and D of the backbone's memory layer.
+        kv_heads, head_dim: G and D of the backbone's memory layers.
+        layers: L, how many memory layers there are. They share a ring as further heads: its head `layer * G + g`.
         tokens: capacity of each ring, a multiple of `chunk_size`.
         chunk_size: C, tokens per chunk (LongMem, section 2.3; the paper uses 4).
         scope: "row": each row remembers its own documents alone. "shared": all rows write and search one ring, as the
@@ -52,6 +53,7 @@ class MemoryBank:
         head_dim: int,
         tokens: int,
         chunk_size: int,
+        layers: int = 1,
         scope: str = "row",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -59,15 +61,15 @@ class MemoryBank:
     ) -> None:
         if scope not in SCOPES:
             raise ValueError(f"MemoryBank: scope must be one of {', '.join(SCOPES)}, got {scope!r}")
-        if rows < 1 or chunk_size < 1 or tokens < chunk_size or tokens % chunk_size:
+        if rows < 1 or layers < 1 or chunk_size < 1 or tokens < chunk_size or tokens % chunk_size:
             raise ValueError(
-                "MemoryBank: wanted rows >= 1 and tokens a positive multiple of chunk_size, got"
-                f" rows={rows}, tokens={tokens}, chunk_size={chunk_size}"
+                "MemoryBank: wanted rows >= 1, layers >= 1 and tokens a positive multiple of chunk_size, got"
+                f" rows={rows}, layers={layers}, tokens={tokens}, chunk_size={chunk_size}"
             )
-        self.rows, self.scope, self.fingerprint = rows, scope, fingerprint
+        self.rows, self.layers, self.scope, self.fingerprint = rows, layers, scope, fingerprint
         self._ring = Ring.new(
             rings=rows if scope == "row" else 1,
-            kv_heads=kv_heads,
+            kv_heads=layers * kv_heads,
             chunks=tokens // chunk_size,
             chunk_size=chunk_size,
             head_dim=head_dim,
@@ -75,7 +77,7 @@ class MemoryBank:
             device=device,
         )
         self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
-        self._last_ids: Tensor | None = None
+        self._last_ids: dict[int, Tensor] = {}
 
     @property
     def ring(self) -> Ring:
@@ -109,7 +111,7 @@ class MemoryBank:
             raise ValueError('MemoryBank.reset: with scope="shared" all rows are one memory; reset all or none')
 
     def write(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
-        """Append key, value [B, G, T, D]; tokens where `mask` [B, T] bool is False are left out.
+        """Append key, value [B, L * G, T, D], layer by layer; tokens where `mask` [B, T] bool is False are left out.
 
         Raises:
             ValueError: an argument does not fit, said now although the write takes effect later.
@@ -117,7 +119,7 @@ class MemoryBank:
         wanted = (self.rows, self._ring.kv_heads, key.shape[-2], self._ring.head_dim)
         if key.shape != wanted or value.shape != wanted:
             raise ValueError(
-                "MemoryBank.write: key and value must be [B, G, T, D] ="
+                "MemoryBank.write: key and value must be [B, L * G, T, D] ="
                 f" [{wanted[0]}, {wanted[1]}, T, {wanted[3]}], got {tuple(key.shape)} and {tuple(value.shape)}"
             )
         if key.device != self._ring.store.device or value.device != key.device:
@@ -133,18 +135,31 @@ class MemoryBank:
         _ = self.ring  # an earlier write comes first
         self._pending = (key.detach(), value.detach(), mask)
 
-    def retrieve(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best chunks for query [B, H, T, D]: ids int32 and scores float32, [B, H, T, k]. See `chunk_topk`."""
-        ids, scores = chunk_topk(query, self.ring.centroid, k, count=self.ring.count())
-        self._last_ids = ids
+    def retrieve(self, query: Tensor, k: int, *, layer: int = 0) -> tuple[Tensor, Tensor]:
+        """The k best chunks for query [B, H, T, D] among those of memory layer `layer`, 0 to L - 1.
+
+        Returns ids int32 and scores float32, [B, H, T, k]. See `chunk_topk`.
+        """
+        ring = self.ring
+        ids, scores = chunk_topk(query, ring.centroid[:, self._heads(layer)], k, count=ring.count())
+        self._last_ids[layer] = ids
         return ids, scores
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk_ids: Tensor, **options: Any) -> Tensor:
-        """`memory_attention` over this memory."""
-        ring = self.ring
-        if ring.scale is not None:
-            options["memory_scale"] = ring.scale
-        return memory_attention(query, key, value, ring.key, ring.value, chunk_ids, **options)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, chunk_ids: Tensor, *, layer: int = 0, **options: Any
+    ) -> Tensor:
+        """`memory_attention` over memory layer `layer`."""
+        ring, heads = self.ring, self._heads(layer)
+        scale = None if ring.scale is None else ring.scale[:, heads]
+        return memory_attention(
+            query, key, value, ring.key[:, heads], ring.value[:, heads], chunk_ids, memory_scale=scale, **options
+        )
+
+    def _heads(self, layer: int) -> slice:
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"MemoryBank: layer must lie in [0, {self.layers}), got {layer}")
+        heads = self._ring.kv_heads // self.layers
+        return slice(layer * heads, (layer + 1) * heads)
 
     def stats(self) -> dict[str, float]:
         """For log lines (synchronises with the device).
@@ -155,9 +170,9 @@ class MemoryBank:
         ring = self.ring
         count = ring.count().double()
         stats = {"fill": float(count.mean() / ring.chunks), "tokens": float(count.mean() * ring.chunk_size)}
-        if self._last_ids is None:
+        if not self._last_ids:
             return stats
-        ids = self._last_ids.long()
+        ids = torch.cat(list(self._last_ids.values()), 1).long()
         found = ids >= 0
         stats["full_k"] = float(found.all(-1).double().mean()) if found.numel() else 0.0
         newest = (ring.cursor // ring.chunk_size - 1)[:, None, None, None]  # chunk number, per ring
@@ -179,7 +194,7 @@ class MemoryBank:
         self._pending = None
         for name, mine in parts.items():
             mine.copy_(state[name])
-        self._last_ids = None
+        self._last_ids = {}
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a safetensors file, atomically."""
@@ -187,6 +202,7 @@ class MemoryBank:
             "fingerprint": self.fingerprint,
             "scope": self.scope,
             "rows": self.rows,
+            "layers": self.layers,
             "tokens": self._ring.chunks * self._ring.chunk_size,
             "chunk_size": self._ring.chunk_size,
         }
@@ -205,10 +221,11 @@ class MemoryBank:
                 f"MemoryBank.load: {path} was written by another model: its backbone and layer are"
                 f" {about['fingerprint'] or 'unnamed'}, wanted {fingerprint}"
             )
-        _, kv_heads, _, _, _, head_dim = state["store"].shape
+        _, heads, _, _, _, head_dim = state["store"].shape
         bank = cls(
             rows=about["rows"],
-            kv_heads=kv_heads,
+            layers=about["layers"],
+            kv_heads=heads // about["layers"],
             head_dim=head_dim,
             tokens=about["tokens"],
             chunk_size=about["chunk_size"],

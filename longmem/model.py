@@ -33,7 +33,7 @@ class Output:
 class LongMem(nn.Module):
     """A frozen language model with a long-term memory (arXiv 2306.07174).
 
-    >>> model = LongMem(huggingface_backbone(hf_model), LongMemConfig(memory_layer=20))
+    >>> model = LongMem(huggingface_backbone(hf_model), LongMemConfig(memory_layers=(20,)))
     >>> memory = model.new_memory(rows=1)
     >>> for tokens, targets in segments:  # consecutive segments of one document
     ...     model(tokens, memory, targets=targets).loss.backward()
@@ -44,11 +44,11 @@ class LongMem(nn.Module):
 
     def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
         super().__init__()
-        config.check(len(backbone.layers))
+        config.check(len(backbone.layers), backbone.max_segment)
         self.backbone, self.config = backbone, config
         self.sidenet = SideNet(backbone, config)
         self.sidenet.to(backbone.device)
-        self.fingerprint = f"{backbone.fingerprint()}/layer{config.memory_layer}"
+        self.fingerprint = f"{backbone.fingerprint()}/layers {', '.join(map(str, config.memory_layers))}"
 
     def forward(
         self,
@@ -79,7 +79,7 @@ class LongMem(nn.Module):
         self._check(tokens, memory)
         if memory is not None and new_document is not None:
             memory.reset(new_document)
-        states = self.backbone.encode(tokens, self.config.memory_layer, self.sidenet.depths)
+        states = self.backbone.encode(tokens, self.config.memory_layers, self.sidenet.depths)
         return self.read_states(states, memory, targets=targets, mask=mask, write=write)
 
     def read_states(
@@ -112,7 +112,7 @@ class LongMem(nn.Module):
         """Write tokens [B, n] of any length to memory, segment by segment, without predicting anything."""
         for piece in tokens.split(self.config.segment, 1):
             self._check(piece, memory)
-            states = self.backbone.encode(piece, self.config.memory_layer, ())
+            states = self.backbone.encode(piece, self.config.memory_layers, ())
             memory.write(states.key, states.value)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -122,9 +122,10 @@ class LongMem(nn.Module):
 
     def new_memory(self, rows: int, tokens: int | None = None, dtype: torch.dtype | None = None) -> MemoryBank:
         """An empty memory for `rows` batch rows; `tokens` overrides `config.memory_tokens`, `dtype` the backbone's."""
-        layer = self.backbone.layer(self.config.memory_layer)
+        layer = self.backbone.layer(self.config.memory_layers[0])
         return MemoryBank(
             rows=rows,
+            layers=len(self.config.memory_layers),
             kv_heads=layer.kv_heads,
             head_dim=layer.head_dim,
             tokens=tokens or self.config.memory_tokens,
@@ -231,7 +232,7 @@ class SegmentDecoder:
         while tokens.shape[1]:
             start = self.backbone_cache.length
             piece, tokens = tokens[:, : segment - start], tokens[:, segment - start :]
-            states = model.backbone.encode(piece, model.config.memory_layer, model.sidenet.depths, self.backbone_cache)
+            states = model.backbone.encode(piece, model.config.memory_layers, model.sidenet.depths, self.backbone_cache)
             hidden = model.sidenet(states, self.memory, start=start, caches=self.caches)
             self.written.append((states.key, states.value))
             if self.backbone_cache.length == segment:

@@ -9,7 +9,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from .backbones.load import default_memory_layer, load_backbone
+from .backbones.load import default_memory_layers, load_backbone
 from .bench import measure, plot, providers, table
 from .bench.shapes import shapes_for
 from .config import LongMemConfig
@@ -41,7 +41,7 @@ def run_quickstart(out: Path, data: list[str] | None, steps: int, device: str) -
     typer.echo("1/4 model and texts", err=True)
     target = choose_device(device)
     backbone, tokenizer = load_backbone("smollm2", target)
-    model = LongMem(backbone, LongMemConfig(memory_layer=default_memory_layer(backbone)))
+    model = LongMem(backbone, LongMemConfig(memory_layers=default_memory_layers(backbone)))
     announce(model, "auto")
     train, test = _texts(data, tokenizer, steps, model.config.segment)
 

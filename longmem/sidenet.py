@@ -1,4 +1,4 @@
-"""SideNet: the light network beside the frozen backbone, and the layer in it that reads memory."""
+"""SideNet: the light network beside the frozen backbone, and the layers in it that read memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ class MemoryRead(nn.Module):
     attends to what it found together with its local context.
 
     Args:
+        bank: which of the memory's layers it reads.
         layer: the decoder layer that reads; its projections are where the read's own ones start.
         own_projections: search, attend and project with trainable copies of the layer's query and output projections;
             otherwise with the layer's own.
     """
 
-    def __init__(self, layer: DecoderLayer, config: LongMemConfig, own_projections: bool) -> None:
+    def __init__(self, bank: int, layer: DecoderLayer, config: LongMemConfig, own_projections: bool) -> None:
         super().__init__()
+        self.bank = bank
         self.k, self.fusion = config.chunks_per_query, config.fusion
         self.query = copy.deepcopy(layer.query) if own_projections else None
         self.output = copy.deepcopy(layer.output) if own_projections else None
@@ -46,7 +48,7 @@ class MemoryRead(nn.Module):
         layer: DecoderLayer,
     ) -> Tensor:
         """normed [B, T, E], query [B, H, T, D], key and value [B, G, S, D] -> [B, T, E]."""
-        output = layer.output if self.output is None else self.output
+        output = layer.output if self.output is None else self.output  # the layer applies its own norm, if any, to it
         if memory is None:
             return output(merge_heads(layer.local_attention(query, key, value)))
         if self.query is not None:
@@ -54,15 +56,17 @@ class MemoryRead(nn.Module):
             if layer.query_norm is not None:
                 unrotated_query = layer.query_norm(unrotated_query)
         unrotated_query = (unrotated_query * self.log_temperature.exp()[:, None, None]).to(query.dtype)
-        chunk_ids, _ = memory.retrieve(unrotated_query, self.k)
+        chunk_ids, _ = memory.retrieve(unrotated_query, self.k, layer=self.bank)
         fused = memory.attend(
             query,
             key,
             value,
             chunk_ids,
+            layer=self.bank,
             memory_query=unrotated_query,
             gate=self.gate,
             fusion=self.fusion,
+            scale=layer.scale,
             alibi_slopes=layer.slopes,
             window=layer.window,
         )
@@ -70,11 +74,11 @@ class MemoryRead(nn.Module):
 
 
 class SideNet(nn.Module):
-    """The layers above (or beside) the frozen encoder, one of which reads memory.
+    """The layers above (or beside) the frozen encoder, one or some of which read memory.
 
-    With `sidenet="none"` they are the backbone's own layers from the memory layer up, frozen and not copied. Otherwise
-    layer i copies a backbone layer, the first starts from the embedding, and cross-network residuals join them to the
-    backbone: `x <- layer(x) + (H[b] - H[a])` with the depths (a, b) of `jumps[i]` (LongMem, section 2.2).
+    With `sidenet="none"` they are the backbone's own layers from the first memory layer up, frozen and not copied.
+    Otherwise layer i copies a backbone layer, the first starts from the embedding, and cross-network residuals join
+    them to the backbone: `x <- layer(x) + (H[b] - H[a])` with the depths (a, b) of `jumps[i]` (LongMem, section 2.2).
     """
 
     def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
@@ -83,8 +87,9 @@ class SideNet(nn.Module):
         self.jumps: list[tuple[int, int]] = []
         if config.sidenet == "none":
             # A tuple, because these layers belong to the backbone: they are neither moved, saved nor trained from here.
-            self._borrowed = tuple(backbone.layer(i) for i in range(config.memory_layer, depth))
-            self.first, self.read_at = config.memory_layer, 0
+            self.first = config.memory_layers[0]
+            self._borrowed = tuple(backbone.layer(i) for i in range(self.first, depth))
+            places = [layer - self.first for layer in config.memory_layers]
             self.norm = None
         else:
             source = 0 if config.sidenet == "exact" else f - 1
@@ -95,13 +100,16 @@ class SideNet(nn.Module):
             if config.sidenet == "exact":
                 # Layers left over when f does not divide the depth are carried by the last residual.
                 self.jumps[-1] = (self.jumps[-1][0], depth)
-            self.first, self.read_at = 0, config.memory_layer // f
+            self.first = 0
+            places = [layer // f for layer in config.memory_layers]
             self.norm = copy.deepcopy(backbone.norm)
         own_projections = config.trainable == "read"
         self.requires_grad_(config.trainable == "all")
-        self.read = MemoryRead(self.stack[self.read_at], config, own_projections).requires_grad_(True)
-        # The read is what trains, and small updates vanish in low precision.
-        self.read.float()
+        self.reads = nn.ModuleDict(
+            {str(i): MemoryRead(bank, self.stack[i], config, own_projections) for bank, i in enumerate(places)}
+        )
+        # The reads are what trains, and small updates vanish in low precision.
+        self.reads.requires_grad_(True).float()
         if config.trainable == "all":
             self.float()
 
@@ -120,7 +128,7 @@ class SideNet(nn.Module):
         """Hidden states of one segment -> output of the last layer [B, T, E], before the final norm."""
         x = states.hidden[self.first]
         for i, layer in enumerate(self.stack):
-            fuse = partial(self.read, memory) if i == self.read_at else None
+            fuse = partial(self.reads[str(i)], memory) if str(i) in self.reads else None
             x = layer(x, start=start, cache=caches[i] if caches is not None else None, fuse=fuse)
             if self.jumps:
                 before, after = self.jumps[i]

@@ -29,7 +29,7 @@ def encode_now(model: LongMem) -> StateSource:
     """Encode every batch when it comes: for texts seen once."""
 
     def states(batch: Batch) -> States:
-        return model.backbone.encode(batch.tokens, model.config.memory_layer, model.sidenet.depths)
+        return model.backbone.encode(batch.tokens, model.config.memory_layers, model.sidenet.depths)
 
     return states
 
@@ -115,7 +115,7 @@ class StateCache:
         for piece in pieces:
             with autocast(self.precision, self.model.backbone.device):
                 states = self.model.backbone.encode(
-                    piece.to(self.model.backbone.device), self.model.config.memory_layer, self.model.sidenet.depths
+                    piece.to(self.model.backbone.device), self.model.config.memory_layers, self.model.sidenet.depths
                 )
             found = {f"hidden_{depth}": hidden for depth, hidden in states.hidden.items()}
             found |= {"key": states.key.transpose(1, 2), "value": states.value.transpose(1, 2)}

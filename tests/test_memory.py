@@ -38,6 +38,23 @@ def test_rows_are_apart_and_a_shared_memory_is_not() -> None:
     assert shared.ring.count().tolist() == [4] and (shared.retrieve(key[:, :, :1], 4)[0] >= 0).all()
 
 
+def test_layers_of_a_memory_are_apart() -> None:
+    """Two layers in one bank are what two banks of one layer are."""
+    key, value = torch.randn(2, 6, 8, 4), torch.randn(2, 6, 8, 4)
+    query, local = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    both = bank(kv_heads=3, layers=2)
+    both.write(key, value)
+    for layer, heads in enumerate((slice(3), slice(3, 6))):
+        one = bank(kv_heads=3)
+        one.write(key[:, heads], value[:, heads])
+        (ids, scores), (wanted_ids, wanted_scores) = both.retrieve(query, 2, layer=layer), one.retrieve(query, 2)
+        assert torch.equal(ids, wanted_ids) and torch.equal(scores, wanted_scores)
+        got = both.attend(query, local, local, ids, layer=layer, fusion="joint")
+        assert torch.equal(got, one.attend(query, local, local, ids, fusion="joint"))
+    with pytest.raises(ValueError, match=r"layer must lie in \[0, 2\), got 2"):
+        both.retrieve(query, 2, layer=2)
+
+
 def test_a_write_waits_until_the_memory_is_next_used() -> None:
     """So that the backward pass of a read, which gathers again, finds what its forward pass found."""
     memory = bank(tokens=4)

@@ -19,7 +19,7 @@ def tokens(rows: int, length: int) -> torch.Tensor:
 
 def backbone_logits(model: LongMem, ids: torch.Tensor) -> torch.Tensor:
     depth = len(model.backbone.layers)
-    return model.backbone.logits(model.backbone.encode(ids, 2, {depth}).hidden[depth])
+    return model.backbone.logits(model.backbone.encode(ids, (2,), {depth}).hidden[depth])
 
 
 @pytest.mark.parametrize("fusion", ["joint", "gated"])
@@ -33,14 +33,14 @@ def test_untrained_with_empty_memory_the_output_is_the_backbones(family: str, si
 
 
 def test_paper_start_copies_and_adds_what_the_paper_says() -> None:
-    model = tiny_longmem("paper", sidenet="paper", trainable="all", fusion="gated", memory_layer=3)
-    assert model.sidenet.jumps == [(0, 2), (2, 4)] and model.sidenet.read_at == 1
+    model = tiny_longmem("paper", sidenet="paper", trainable="all", fusion="gated", memory_layers=(3,))
+    assert model.sidenet.jumps == [(0, 2), (2, 4)] and list(model.sidenet.reads) == ["1"]
     copied = [model.backbone.layer(1), model.backbone.layer(3)]
     for mine, theirs in zip(model.sidenet.stack, copied, strict=True):
         assert torch.equal(mine.query.weight, theirs.query.weight)
-    assert torch.equal(model.sidenet.read.gate, torch.zeros(6))
+    assert torch.equal(model.sidenet.reads["1"].gate, torch.zeros(6))
     ids = tokens(1, 12)
-    states = model.backbone.encode(ids, 3, {0, 2, 4})
+    states = model.backbone.encode(ids, (3,), {0, 2, 4})
     x = copied[0](states.hidden[0]) + states.hidden[2] - states.hidden[0]
     x = copied[1](x) + states.hidden[4] - states.hidden[2]
     torch.testing.assert_close(model(ids).logits, model.backbone.logits(x), atol=1e-5, rtol=1e-4)
@@ -82,6 +82,22 @@ def test_a_new_document_starts_with_an_empty_memory() -> None:
     assert (out[1] - fresh[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("sidenet", ["none", "exact"])
+def test_each_memory_layer_is_read(sidenet: str) -> None:
+    """Several memory layers: the start is exact, and emptying any one of their memories changes the output."""
+    model = tiny_longmem(sidenet=sidenet, memory_layers=(1, 3))
+    memory = model.new_memory(1)
+    ids = tokens(1, 12)
+    torch.testing.assert_close(model(ids, memory).logits, backbone_logits(model, ids), atol=2e-5, rtol=1e-4)
+    out = model(ids, memory, write=False).logits
+    for layer in range(2):
+        other = model.new_memory(1)
+        other.load_state_dict(memory.state_dict())
+        heads = model.backbone.layer(0).kv_heads
+        other.ring.store[:, layer * heads : (layer + 1) * heads] = 0.0
+        assert (model(ids, other, write=False).logits - out).abs().max() > 1e-3
+
+
 def test_rows_do_not_see_each_other() -> None:
     model = tiny_longmem()
     together, alone = model.new_memory(2), model.new_memory(1)
@@ -96,7 +112,9 @@ def test_rows_do_not_see_each_other() -> None:
         {},
         {"fusion": "gated"},
         {"sidenet": "exact"},
-        {"sidenet": "paper", "trainable": "all", "memory_layer": 3, "fusion": "gated"},
+        {"sidenet": "paper", "trainable": "all", "memory_layers": (3,), "fusion": "gated"},
+        {"memory_layers": (1, 2, 4)},
+        {"sidenet": "exact", "memory_layers": (0, 3), "fusion": "gated"},
     ],
 )
 def test_every_trained_parameter_and_no_other_gets_a_gradient(options: dict[str, Any]) -> None:
@@ -136,7 +154,7 @@ def test_ignored_targets_do_not_count() -> None:
 @pytest.mark.parametrize("sidenet", ["none", "exact"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "paper"])
 def test_decoding_equals_the_full_forward(family: str, sidenet: str) -> None:
-    model = tiny_longmem(family, sidenet=sidenet)
+    model = tiny_longmem(family, sidenet=sidenet, memory_layers=(1, 3))
     ids = tokens(2, 40)
     memory = model.new_memory(2)
     with torch.no_grad():
@@ -199,7 +217,7 @@ def test_a_saved_model_comes_back_on_its_backbone_and_on_no_other(tmp_path: Path
 
 
 def test_a_memory_of_another_model_is_refused() -> None:
-    model, other = tiny_longmem(), tiny_longmem(memory_layer=3)
+    model, other = tiny_longmem(), tiny_longmem(memory_layers=(3,))
     with pytest.raises(ValueError, match="made by another model"):
         model(tokens(1, 12), other.new_memory(1))
     with pytest.raises(ValueError, match="the memory's 2 rows"):
@@ -211,12 +229,15 @@ def test_a_memory_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory_layer": 5}, r"memory_layer must lie in \[0, 5\), got 5"),
+        ({"memory_layers": (5,)}, r"at least one layer in \[0, 5\), ascending, got \(5,\)"),
         ({"sidenet": "twin"}, "one of none, exact, paper, got 'twin'"),
         ({"fusion": "sum"}, "joint or gated, got 'sum'"),
         ({"trainable": "all"}, "needs a SideNet"),
         ({"sidenet": "exact", "reduction": 0}, r"reduction must lie in \[1, 5\], got 0"),
-        ({"sidenet": "exact", "memory_layer": 4}, "above the last SideNet layer"),
+        ({"memory_layers": ()}, "at least one layer"),
+        ({"memory_layers": (3, 1)}, r"ascending, got \(3, 1\)"),
+        ({"sidenet": "exact", "memory_layers": (4,)}, "above the last SideNet layer"),
+        ({"sidenet": "exact", "memory_layers": (2, 3)}, "different SideNet layers"),
         ({"memory_tokens": 63}, "multiple of chunk_size, got 63"),
         ({"chunks_per_query": 0}, "chunks_per_query must be at least 1, got 0"),
     ],
@@ -228,7 +249,7 @@ def test_bad_configurations_are_named(options: dict[str, Any], message: str) -> 
 
 def test_unknown_configuration_keys_are_named() -> None:
     with pytest.raises(ValueError, match="unknown keys colour"):
-        LongMemConfig.from_dict({"memory_layer": 1, "colour": "red"})
+        LongMemConfig.from_dict({"memory_layers": (1,), "colour": "red"})
 
 
 def test_targets_and_prompts_that_do_not_fit_are_named() -> None:

@@ -92,7 +92,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     model = fresh_model()
     with torch.no_grad():
-        model.sidenet.read.output.weight.fill_(torch.nan)
+        model.sidenet.reads["0"].output.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="loss of step 1 is nan"):
         Trainer(model, stream(topical(2)), encode_now(model), CONFIG, tmp_path).run()
 

@@ -18,7 +18,7 @@ class States:
 
     Attributes:
         hidden: backbone depth i -> [B, T, E]: 0 is the embedding, i the output of layer i - 1, before the final norm.
-        key, value: [B, G, T, D] of the memory layer, before rotation: what a memory stores.
+        key, value: [B, L * G, T, D] of the L memory layers, one after another, before rotation: what a memory stores.
     """
 
     hidden: dict[int, Tensor]
@@ -42,6 +42,8 @@ class Backbone(nn.Module):
         embed: token ids [B, T] -> [B, T, E].
         layers: the decoder layers in order.
         norm, head: [B, T, E] -> logits [B, T, vocab_size].
+        positions: learned embeddings of positions in a segment, added to those of tokens.
+        embed_norm: applied to their sum.
     """
 
     def __init__(
@@ -54,9 +56,12 @@ class Backbone(nn.Module):
         *,
         vocab_size: int,
         hidden_size: int,
+        positions: nn.Embedding | None = None,
+        embed_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.name, self.vocab_size, self.hidden_size = name, vocab_size, hidden_size
+        self.positions, self.embed_norm = positions, embed_norm
         self.embed, self.layers, self.norm, self.head = embed, nn.ModuleList(layers), norm, head
         self.requires_grad_(False)
         self.eval()
@@ -72,6 +77,18 @@ class Backbone(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    @property
+    def max_segment(self) -> int | None:
+        """The longest segment it has positions for; None: no limit of its own."""
+        return None if self.positions is None else self.positions.num_embeddings
+
+    def embed_at(self, tokens: Tensor, start: int) -> Tensor:
+        """tokens [B, T], the first at position `start` of the segment -> [B, T, E]."""
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(start, start + tokens.shape[1], device=tokens.device))
+        return x if self.embed_norm is None else self.embed_norm(x)
+
     def layer(self, index: int) -> DecoderLayer:
         layer = self.layers[index]
         assert isinstance(layer, DecoderLayer)
@@ -83,35 +100,46 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, tokens: Tensor, memory_layer: int, depths: Collection[int], cache: BackboneCache | None = None
+        self,
+        tokens: Tensor,
+        memory_layers: Sequence[int],
+        depths: Collection[int],
+        cache: BackboneCache | None = None,
     ) -> States:
         """Encode segments, no further up than asked for.
 
         Args:
             tokens: [B, T] int64.
-            memory_layer: the layer whose keys and values are returned.
+            memory_layers: the layers whose keys and values are returned, ascending.
             depths: the hidden states to return, 0 to the number of layers.
             cache: the segment so far, when `tokens` continues it.
 
         Raises:
-            ValueError: tokens of another shape, or outside the vocabulary.
+            ValueError: tokens of another shape, outside the vocabulary, or more than there are positions for.
         """
         self._check(tokens)
         start = cache.length if cache is not None else 0
-        x = self.embed(tokens)
+        if self.max_segment is not None and start + tokens.shape[1] > self.max_segment:
+            raise ValueError(
+                f"Backbone: {self.name} has positions for {self.max_segment} tokens, got a segment of"
+                f" {start + tokens.shape[1]}"
+            )
+        x = self.embed_at(tokens, start)
         hidden = {0: x} if 0 in depths else {}
-        highest = max(depths, default=0)
-        for i in range(max(highest, memory_layer + 1)):
+        highest, last = max(depths, default=0), memory_layers[-1]
+        stored = []
+        for i in range(max(highest, last + 1)):
             layer = self.layer(i)
-            if i == memory_layer:
-                key, value = layer.project_memory(layer.input_norm(x))
-                if i >= highest:
+            if i in memory_layers:
+                stored.append(layer.project_memory(layer.input_norm(x)))
+                if i == last and i >= highest:
                     break
             x = layer(x, start=start, cache=cache.layers.setdefault(i, LayerCache()) if cache is not None else None)
             if i + 1 in depths:
                 hidden[i + 1] = x
         if cache is not None:
             cache.length += tokens.shape[1]
+        key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*stored, strict=True))
         return States(hidden, key, value)
 
     @torch.no_grad()

@@ -2,56 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from .base import Backbone
-from .layers import DecoderLayer, Rotary
+import torch
+from torch import Tensor, nn
 
-# Model types whose layer is: norm, q/k/v/o projections with rotary positions, norm, feed-forward.
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+from .base import Backbone
+from .layers import DecoderLayer, Rotary, alibi_slopes
 
 
 def huggingface_backbone(model: Any, name: str | None = None) -> Backbone:
-    """Wrap a `transformers` causal language model. Weights are shared, not copied, and frozen.
+    """Wrap a `transformers` causal language model and freeze it.
+
+    Weights are shared, not copied, but for the attention of models that project query, key and value in one matrix
+    (GPT-2, GPT-NeoX, BLOOM): those are taken apart.
 
     Args:
         model: a loaded model with a language-model head, of a type in `SUPPORTED`.
         name: how checkpoints refer to it; default `model.name_or_path`.
 
     Raises:
-        ValueError: the architecture is not supported, with the list of those that are.
+        ValueError: the architecture, or an option of it, is not supported; with the reason, and the list of those that
+            are.
     """
     config = model.config
-    if config.model_type not in SUPPORTED:
-        raise ValueError(
-            f"huggingface_backbone: model type {config.model_type!r} is not supported; supported:"
-            f" {', '.join(SUPPORTED)}"
-        )
-    scaling = getattr(config, "rope_parameters", None) or {}
-    if scaling.get("rope_type", "default") in ("dynamic", "longrope"):
-        raise ValueError(
-            f"huggingface_backbone: rope type {scaling['rope_type']!r} changes with the length of the input and is not"
-            " supported"
-        )
-    decoder = model.model
-    rotary = Rotary(decoder.rotary_emb)
+    family = FAMILIES.get(config.model_type)
+    reason = f"model type {config.model_type!r} is not among them" if family is None else _why_not(config)
+    if family is None or reason is not None:
+        raise ValueError(f"huggingface_backbone: {reason}; supported: {', '.join(SUPPORTED)}")
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"huggingface_backbone: wanted a model with a language-model head, got {type(model).__name__}")
     return Backbone(
         name or config.name_or_path or config.model_type,
-        decoder.embed_tokens,
-        [_layer(layer, config, i, rotary) for i, layer in enumerate(decoder.layers)],
-        decoder.norm,
-        model.lm_head,
+        head=head,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
+        **family(model.base_model, config),
     )
 
 
-def _layer(layer: Any, config: Any, index: int, rotary: Rotary) -> DecoderLayer:
+def _why_not(config: Any) -> str | None:
+    """What a supported architecture can be configured to do that its wiring here does not."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {parameters.get("rope_type", "default") for parameters in (rope, *rope.values()) if _is_dict(parameters)}
+    if growing := kinds & {"dynamic", "longrope"}:
+        return f"rope type {growing.pop()!r} changes with the length of the input"
+    refused = {
+        "attn_logit_softcapping": "attention scores are capped",
+        "final_logit_softcapping": "logits are capped",
+        "use_bidirectional_attention": "attention is not causal",
+        "add_cross_attention": "it attends to an encoder",
+        "apply_residual_connection_post_layernorm": "residuals start after the norm",
+    }
+    for option, meaning in refused.items():
+        if getattr(config, option, None):
+            return f"{meaning} ({option}={getattr(config, option)!r})"
+    return None
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+# Llama and what descends from it: separate projections, rotary positions.
+
+
+def _llama(model: Any, config: Any) -> dict[str, Any]:
+    return {
+        "embed": model.embed_tokens,
+        "layers": [_llama_layer(layer, config, i, model.rotary_emb) for i, layer in enumerate(model.layers)],
+        "norm": model.norm,
+    }
+
+
+def _llama_layer(layer: Any, config: Any, index: int, angles: nn.Module) -> DecoderLayer:
     attention = layer.self_attn
+    kind = config.layer_types[index] if getattr(config, "layer_types", None) else None
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[index] != "sliding_attention":
+    if kind is not None and kind != "sliding_attention":
         window = None
+    # Gemma 3 has a norm on either side of attention and feed-forward; the others name the norm before the latter so.
+    sandwiched = hasattr(layer, "pre_feedforward_layernorm")
+    per_kind = hasattr(angles, "layer_types")
     return DecoderLayer(
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
@@ -61,10 +95,140 @@ def _layer(layer: Any, config: Any, index: int, rotary: Rotary) -> DecoderLayer:
         key=attention.k_proj,
         value=attention.v_proj,
         output=attention.o_proj,
-        mlp=layer.mlp,
-        mlp_norm=layer.post_attention_layernorm,
+        output_norm=layer.post_attention_layernorm if sandwiched else None,
+        mlp=nn.Sequential(layer.mlp, layer.post_feedforward_layernorm) if sandwiched else layer.mlp,
+        mlp_norm=layer.pre_feedforward_layernorm if sandwiched else layer.post_attention_layernorm,
         query_norm=getattr(attention, "q_norm", None),
         key_norm=getattr(attention, "k_norm", None),
-        rotary=rotary,
+        rotary=Rotary(angles, kind if per_kind else None),
         window=window,
+        scale=attention.scaling,
     )
+
+
+# GPT-2: learned positions, one projection for query, key and value.
+
+
+def _gpt2(model: Any, config: Any) -> dict[str, Any]:
+    return {
+        "embed": model.wte,
+        "positions": model.wpe,
+        "layers": [_gpt2_layer(layer, config) for layer in model.h],
+        "norm": model.ln_f,
+    }
+
+
+def _gpt2_layer(layer: Any, config: Any) -> DecoderLayer:
+    attention = layer.attn
+    weights = attention.c_attn.weight.t().chunk(3)  # Conv1D keeps [in, out]
+    biases = attention.c_attn.bias.chunk(3)
+    query, key, value = (_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    return DecoderLayer(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads,
+        head_dim=attention.head_dim,
+        input_norm=layer.ln_1,
+        query=query,
+        key=key,
+        value=value,
+        output=attention.c_proj,
+        mlp=layer.mlp,
+        mlp_norm=layer.ln_2,
+        scale=attention.scaling,
+    )
+
+
+# GPT-NeoX: rotary positions on part of the head, attention and feed-forward in parallel.
+
+
+def _gpt_neox(model: Any, config: Any) -> dict[str, Any]:
+    rotary = Rotary(model.rotary_emb)
+    return {
+        "embed": model.embed_in,
+        "layers": [_gpt_neox_layer(layer, config, rotary) for layer in model.layers],
+        "norm": model.final_layer_norm,
+    }
+
+
+def _gpt_neox_layer(layer: Any, config: Any, rotary: Rotary) -> DecoderLayer:
+    attention = layer.attention
+    query, key, value = _interleaved(attention.query_key_value, config.num_attention_heads)
+    return DecoderLayer(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads,
+        head_dim=attention.head_size,
+        input_norm=layer.input_layernorm,
+        query=query,
+        key=key,
+        value=value,
+        output=attention.dense,
+        mlp=layer.mlp,
+        mlp_norm=layer.post_attention_layernorm,
+        parallel=layer.use_parallel_residual,
+        rotary=rotary,
+        scale=attention.scaling,
+    )
+
+
+# BLOOM: ALiBi, a norm after the embedding.
+
+
+def _bloom(model: Any, config: Any) -> dict[str, Any]:
+    return {
+        "embed": model.word_embeddings,
+        "embed_norm": model.word_embeddings_layernorm,
+        "layers": [_bloom_layer(layer, config) for layer in model.h],
+        "norm": model.ln_f,
+    }
+
+
+def _bloom_layer(layer: Any, config: Any) -> DecoderLayer:
+    attention = layer.self_attention
+    query, key, value = _interleaved(attention.query_key_value, config.n_head)
+    # Its own feed-forward module adds the residual; these are its parts.
+    mlp = nn.Sequential(layer.mlp.dense_h_to_4h, layer.mlp.gelu_impl, layer.mlp.dense_4h_to_h)
+    return DecoderLayer(
+        heads=config.n_head,
+        kv_heads=config.n_head,
+        head_dim=attention.head_dim,
+        input_norm=layer.input_layernorm,
+        query=query,
+        key=key,
+        value=value,
+        output=attention.dense,
+        mlp=mlp,
+        mlp_norm=layer.post_attention_layernorm,
+        slopes=alibi_slopes(config.n_head),
+    )
+
+
+def _interleaved(fused: nn.Linear, heads: int) -> list[nn.Linear]:
+    """Query, key and value projections out of one whose outputs are ordered [heads, 3, D]."""
+    weights = fused.weight.unflatten(0, (heads, 3, -1)).unbind(1)
+    biases = [None] * 3 if fused.bias is None else fused.bias.view(heads, 3, -1).unbind(1)
+    return [
+        _linear(weight.flatten(0, 1), None if bias is None else bias.flatten())
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear
+
+
+FAMILIES: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _llama,
+    "qwen3": _llama,
+    "gemma": _llama,
+    "gemma3_text": _llama,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "bloom": _bloom,
+}
+SUPPORTED = tuple(FAMILIES)

@@ -20,17 +20,18 @@ class Fuse(Protocol):
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021), rotate-half convention, on the first dimensions that `angles` covers.
 
-    `angles(x, positions [1, T]) -> (cos, sin) [1, T, rotated dims]`: a Hugging Face rotary embedding module.
+    `angles(x, positions [1, T]) -> (cos, sin) [1, T, rotated dims]`: a Hugging Face rotary embedding module. With
+    `kind`, one that is also told the kind of the layer.
     """
 
-    def __init__(self, angles: nn.Module) -> None:
+    def __init__(self, angles: nn.Module, kind: str | None = None) -> None:
         super().__init__()
-        self.angles = angles
+        self.angles, self.kind = angles, kind
 
     def forward(self, x: Tensor, start: int) -> Tensor:
         """Rotate x [B, H, T, D], whose first token is at position `start`."""
         positions = torch.arange(start, start + x.shape[2], device=x.device)[None]
-        cos, sin = self.angles(x, positions)
+        cos, sin = self.angles(x, positions) if self.kind is None else self.angles(x, positions, self.kind)
         rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         low, high = rotated.chunk(2, -1)
         rotated = rotated * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
@@ -64,8 +65,12 @@ class DecoderLayer(nn.Module):
     """A pre-norm transformer decoder layer assembled from a model's own modules.
 
     Only the wiring is ours: norms, projections and feed-forward are whatever modules the model brings, so a layer
-    computes what the model's layer computes. Sequential (`mlp_norm` given) or parallel attention and feed-forward
-    (GPT-J style, `mlp_norm=None`: both see the same normed input).
+    computes what the model's layer computes. Attention and feed-forward follow each other, or are `parallel` (GPT-J
+    style: both see the layer's input, under the same norm where there is no `mlp_norm`).
+
+    Args:
+        output_norm: what attention adds to the residual stream goes through it first.
+        scale: multiplies attention scores; default D^-0.5.
     """
 
     slopes: Tensor | None
@@ -83,15 +88,20 @@ class DecoderLayer(nn.Module):
         output: nn.Module,
         mlp: nn.Module,
         mlp_norm: nn.Module | None = None,
+        output_norm: nn.Module | None = None,
+        parallel: bool = False,
         query_norm: nn.Module | None = None,
         key_norm: nn.Module | None = None,
         rotary: Rotary | None = None,
         slopes: Tensor | None = None,
         window: int | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
-        self.input_norm, self.mlp_norm, self.mlp = input_norm, mlp_norm, mlp
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.input_norm, self.output_norm, self.mlp_norm, self.mlp = input_norm, output_norm, mlp_norm, mlp
+        self.parallel = parallel
         self.query, self.key, self.value, self.output = query, key, value, output
         self.query_norm, self.key_norm, self.rotary = query_norm, key_norm, rotary
         self.register_buffer("slopes", slopes, persistent=False)
@@ -112,10 +122,12 @@ class DecoderLayer(nn.Module):
             attended = self.output(merge_heads(self.local_attention(query, key, value)))
         else:
             attended = fuse(normed, query, unrotated, key, value, self)
-        if self.mlp_norm is None:
-            return x + attended + self.mlp(normed)
+        if self.output_norm is not None:
+            attended = self.output_norm(attended)
+        if self.parallel:
+            return x + attended + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
 
     def project_query(self, normed: Tensor) -> Tensor:
         """[B, H, T, D], before rotation."""
@@ -132,7 +144,7 @@ class DecoderLayer(nn.Module):
     def local_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         T, S = query.shape[2], key.shape[2]
         if self.slopes is None and self.window is None and (T == S or T == 1):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=T > 1, enable_gqa=True)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=T > 1, scale=self.scale, enable_gqa=True)
         distance = torch.arange(S - T, S, device=query.device)[:, None] - torch.arange(S, device=query.device)
         hidden = distance < 0
         if self.window is not None:
@@ -141,7 +153,7 @@ class DecoderLayer(nn.Module):
         if self.slopes is not None:
             bias = -self.slopes[:, None, None] * distance
         bias = bias.masked_fill(hidden, -torch.inf).to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale, enable_gqa=True)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

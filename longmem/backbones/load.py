@@ -9,8 +9,8 @@ import torch
 from .base import Backbone
 from .huggingface import huggingface_backbone
 
-# The layer whose memory helped most where it was measured (docs/decisions.md); elsewhere two thirds of the depth.
-MEASURED_MEMORY_LAYER = {"smollm2": 20}
+# The layers whose memory helped most where it was measured (docs/decisions.md); elsewhere two thirds of the depth.
+MEASURED_MEMORY_LAYERS = {"smollm2": (20,)}
 
 
 def load_backbone(name: str, device: str | torch.device = "cpu") -> tuple[Backbone, Any]:
@@ -31,5 +31,5 @@ def load_backbone(name: str, device: str | torch.device = "cpu") -> tuple[Backbo
     return huggingface_backbone(model, name).to(device), tokenizer
 
 
-def default_memory_layer(backbone: Backbone) -> int:
-    return MEASURED_MEMORY_LAYER.get(backbone.name, len(backbone.layers) * 2 // 3)
+def default_memory_layers(backbone: Backbone) -> tuple[int, ...]:
+    return MEASURED_MEMORY_LAYERS.get(backbone.name, (len(backbone.layers) * 2 // 3,))

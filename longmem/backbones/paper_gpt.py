@@ -69,5 +69,6 @@ def _layer(config: PaperGPTConfig) -> DecoderLayer:
         value=projection(),
         output=projection(),
         mlp=nn.Sequential(nn.Linear(size, config.ffn_size), nn.GELU("tanh"), nn.Linear(config.ffn_size, size)),
+        parallel=True,
         slopes=alibi_slopes(config.heads),
     )

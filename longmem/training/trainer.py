@@ -17,6 +17,7 @@ from longmem.data.stream import Batch, SegmentStream
 from longmem.memory import MemoryBank
 from longmem.model import LongMem
 from longmem.precision import PRECISIONS, autocast, memory_dtype
+from longmem.sidenet import MemoryRead
 from longmem.states import StateSource
 
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -139,7 +140,7 @@ class Trainer:
     def _metrics(self, batch: Batch, loss: float, norm: float, seconds: float) -> dict[str, float]:
         """loss in nats per token, speed, memory fill and retrieval (`MemoryBank.stats`), and the read's gates and
         temperatures, averaged over heads."""
-        read = self.model.sidenet.read
+        reads = [read for read in self.model.sidenet.reads.values() if isinstance(read, MemoryRead)]
         metrics = {
             "step": self.step,
             "loss": loss,
@@ -148,10 +149,11 @@ class Trainer:
             "gradient_norm": norm,
             "tokens": int(batch.mask.sum()),
             "tokens_per_second": int(batch.mask.sum()) / seconds,
-            "temperature": read.log_temperature.exp().mean().item(),
+            "temperature": torch.cat([read.log_temperature for read in reads]).exp().mean().item(),
         }
-        if read.gate is not None:
-            metrics["gate"] = read.gate.sigmoid().mean().item()
+        gates: list[Tensor] = [read.gate for read in reads if read.gate is not None]
+        if gates:
+            metrics["gate"] = torch.cat(gates).sigmoid().mean().item()
         return metrics | {f"memory_{name}": value for name, value in self.memory.stats().items()}
 
     def _identity(self) -> dict[str, Any]:
