@@ -126,7 +126,9 @@ class External_Memory:
         """Forget everything."""
         self.dstore_idx = 0
         self.time_for_retrieve = self.retrieve_count = self.time_for_setup_prob = 0.0
-        self._bank, self._mean = self._empty()
+        # Allocated when first used: a model that is only built, or loaded, needs no memory for memory.
+        self._bank: Tensor | None = None
+        self._mean = torch.empty(0)
         self._pending: list[tuple[Tensor, Tensor, int]] = []
 
     def setup_faiss(self, args: Any) -> None:
@@ -157,8 +159,7 @@ class External_Memory:
                     f" {self.memory_size} tokens must be more than twice the {tokens} of a batch, and batches of one size"
                 )
         if self.dstore_idx == 0 and keys.device != self.device:
-            self.device = keys.device
-            self._bank, self._mean = self._empty()
+            self.device, self._bank = keys.device, None
         both = torch.stack([keys, vals]).to(self.device).view(2, tokens, self.num_heads, self.head_dim)
         chunks = both[:, : added * self.chunk_size].unflatten(1, (added, self.chunk_size))  # [2, n, c, H, D]
         mean = chunks[0].mean(1).float().transpose(0, 1)  # in the dtype of the keys, as published
@@ -203,32 +204,33 @@ class External_Memory:
         bank = torch.zeros(1, H, C, 2, c, D, dtype=self.dtype, device=self.device)
         return bank, torch.zeros(H, C, D, device=self.device)
 
-    def _content(self) -> Tensor:
-        self._settle()
-        return self._bank
-
     def _vectors(self) -> Tensor:
-        self._settle()
+        """The chunks' mean keys [H, C, D]."""
+        self._content()
         return self._mean
 
     @torch.no_grad()
-    def _settle(self) -> None:
-        """Put what was added into its slots.
+    def _content(self) -> Tensor:
+        """The bank [1, H, C, 2, c, D] with what was added in its slots.
 
         A bank that was read may be saved in a graph. New chunks go to slots that no reader has seen, so they are written
         past autograd's version counter (`.data`); an eviction moves chunks, so it makes a new bank.
         """
+        if self._bank is None:
+            self._bank, self._mean = self._empty()
+        bank, mean = self._bank, self._mean
         stored = self.dstore_idx - sum(chunks.shape[1] - removed for chunks, _, removed in self._pending)
-        for chunks, mean, removed in self._pending:
+        for chunks, means, removed in self._pending:
             if removed:
-                old_bank, old_mean = self._bank, self._mean
-                self._bank, self._mean = self._empty()
-                kept = slice(removed, stored)
+                old_bank, old_mean, kept = bank, mean, slice(removed, stored)
+                bank, mean = self._empty()
                 stored -= removed
-                self._bank[0, :, :stored] = old_bank[0, :, kept]
-                self._mean[:, :stored] = old_mean[:, kept]
+                bank[0, :, :stored] = old_bank[0, :, kept]
+                mean[:, :stored] = old_mean[:, kept]
             end = stored + chunks.shape[1]
-            self._bank.data[0, :, stored:end] = chunks
-            self._mean.data[:, stored:end] = mean
+            bank.data[0, :, stored:end] = chunks
+            mean.data[:, stored:end] = means
             stored = end
         self._pending.clear()
+        self._bank, self._mean = bank, mean
+        return bank
