@@ -282,9 +282,7 @@ def test_loss_of_the_model_is_that_of_its_logits() -> None:
     wanted = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=1)
     torch.testing.assert_close(loss, wanted)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for mine, other in zip(
-        torch.autograd.grad(loss, parameters), torch.autograd.grad(wanted, parameters), strict=True
-    ):
+    for mine, other in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(wanted, parameters), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"targets must be \(2, 12\), got \(2, 5\)"):
         model.loss(more, labels[:, :5])

@@ -153,13 +153,13 @@ class OfficialComposition:
         alibi = alibi[:, :, None]
         hide = torch.ones(steps, steps, dtype=torch.bool).triu(1) | (seen == 0)[:, None, None]
         x = F.embedding(tokens, self.parameters["decoder.embed_tokens.weight"])
-        hidden, stored = [x], []
+        hidden, key, value = [x], x, x
         for i in range(config.layers):
             name = f"{_GPT}.transformer.h.{i}"
             y = self._norm(x, f"{name}.ln_1", 1e-6)
             q, k, v = (self._linear(y, f"{name}.attn.{part}_proj").float() for part in "qkv")
             if i == config.retrieval_layer_index:
-                stored = [k, v]
+                key, value = k, v
             q, k, v = (part.unflatten(-1, (config.heads, -1)).transpose(1, 2) for part in (q, k, v))
             scores = q @ k.mT / math.sqrt(q.shape[-1]) + alibi
             scores = scores.masked_fill(hide, torch.finfo(scores.dtype).min)
@@ -169,7 +169,7 @@ class OfficialComposition:
             hidden.append(x)
         hidden[-1] = self._norm(x, f"{_GPT}.transformer.ln_f", 1e-6)
         self._linear(hidden[-1], f"{_GPT}.lm_head")  # the published backbone's own logits, which nobody reads
-        return hidden, *stored, alibi
+        return hidden, key, value, alibi
 
     def _local_attention(self, y: Tensor, layer: int, alibi: Tensor, mask: Tensor, padding: Tensor) -> Tensor:
         name = f"decoder.layers.{layer}.self_attn"

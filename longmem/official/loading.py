@@ -86,7 +86,9 @@ def official_parameters(model: OfficialLongMem) -> dict[str, nn.Parameter]:
         assert isinstance(layer, DecoderLayer)
         named |= _layer(layer, f"decoder.layers.{i}", "self_attn", "fc1", "fc2")
     parameters = {
-        f"{prefix}.{name}": parameter for prefix, module in named.items() for name, parameter in module.named_parameters()
+        f"{prefix}.{name}": parameter
+        for prefix, module in named.items()
+        for name, parameter in module.named_parameters()
     }
     memory_layer = f"decoder.layers.{model.config.memory_layer}"
     return parameters | {f"{memory_layer}.self_attn.memory_bias": model.memory_bias}
@@ -110,12 +112,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        for line in str(error).splitlines():
-            if "Unsupported" in line or "GLOBAL" in line:
-                reason = line.strip()
-                break
-        raise ValueError(f"load_official: {path} was not read, because it is no checkpoint of plain data: {reason}") from None
+        # Of PyTorch's long message, which also advises to run the code, only what the file asked for.
+        asked = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
+        reason = asked[0] if asked else "it is damaged, or no file of PyTorch's"
+        raise ValueError(f"load_official: {path} was not read: {reason}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"load_official: {path} holds no dictionary of parameters, but {type(content).__name__}")
     return _unwrap(content)

@@ -33,8 +33,8 @@ class OfficialConfig:
             `retrieval_layer_index // layer_reduction_factor` reads them.
         layer_reduction_factor: f, backbone layers per SideNet layer.
         sidenet_layers: default `layers // layer_reduction_factor`.
-        dropout, attention_dropout: of feed-forward outputs and of local attention probabilities in the SideNet; 0.1 each
-            in the published training.
+        dropout, attention_dropout: of feed-forward outputs and of local attention probabilities in the SideNet; 0.1
+            each in the published training.
     """
 
     vocab: int = 51_200
@@ -166,7 +166,8 @@ class OfficialLongMem(nn.Module):
             source = self.config.layer_reduction_factor * i + 1
             if source >= self.config.layers:
                 raise ValueError(
-                    f"OfficialLongMem: SideNet layer {i} would start from backbone layer {source} of {self.config.layers}"
+                    f"OfficialLongMem: SideNet layer {i} would start from backbone layer {source} of"
+                    f" {self.config.layers}"
                 )
             self.layers[i].load_state_dict(self.backbone.layer(source).state_dict())
         self.norm.load_state_dict(self.backbone.norm.state_dict())
@@ -192,8 +193,9 @@ class OfficialLongMem(nn.Module):
     def _encode(self, tokens: Tensor, bias: Tensor | None) -> _Encoded:
         config, backbone = self.config, self.backbone
         x = embedded = before = backbone.embed(tokens)
-        residuals = []
-        attend, stored = self._attend(bias, frozen=True), {}
+        attend = self._attend(bias, frozen=True)
+        residuals: list[Tensor] = []
+        stored: dict[str, Tensor] = {}
 
         def attend_and_keep(*arguments: Any) -> Tensor:
             _, _, _, stored["k"], stored["v"], _ = arguments
@@ -212,7 +214,9 @@ class OfficialLongMem(nn.Module):
         """Local attention, causal with ALiBi, or with all of that in `bias`."""
         dropout_p = self._attention_dropout(frozen)
 
-        def fuse(_: Tensor, query: Tensor, __: Tensor, key: Tensor, value: Tensor, layer: DecoderLayer) -> Tensor:
+        def fuse(
+            normed: Tensor, query: Tensor, unrotated_query: Tensor, key: Tensor, value: Tensor, layer: DecoderLayer
+        ) -> Tensor:
             slopes = layer.slopes if bias is None else None
             attended = local_attention(query, key, value, slopes=slopes, bias=bias, dropout_p=dropout_p)
             return layer.output(merge_heads(attended))
@@ -223,7 +227,9 @@ class OfficialLongMem(nn.Module):
         """Attention of the memory layer."""
         dropout_p = self._attention_dropout()
 
-        def fuse(_: Tensor, query: Tensor, __: Tensor, key: Tensor, value: Tensor, layer: DecoderLayer) -> Tensor:
+        def fuse(
+            normed: Tensor, query: Tensor, unrotated_query: Tensor, key: Tensor, value: Tensor, layer: DecoderLayer
+        ) -> Tensor:
             found = self.memory.retrieve(query.permute(2, 0, 1, 3).flatten(2))["tgt_index"]
             slopes = layer.slopes if bias is None else None
             attended = retrieved_attention(

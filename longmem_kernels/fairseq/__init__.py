@@ -4,8 +4,8 @@ They take the place of the originals by changing two imports, need neither fairs
 
     from longmem_kernels.fairseq import External_Memory, JointMultiheadAttentionWeightedSum
 
-Names, layouts (time first), rules and parameter names are those of the published code. Together they take the fused path,
-in which no gathered copy of memory exists; each also works beside the other's original.
+Names, layouts (time first), rules and parameter names are those of the published code. Together they take the fused
+path, in which no gathered copy of memory exists; each also works beside the other's original.
 """
 
 from .attention import JointMultiheadAttentionWeightedSum

@@ -59,7 +59,9 @@ class JointMultiheadAttentionWeightedSum(nn.Module):
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
-            raise ValueError(f"{self._name}: embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+            raise ValueError(
+                f"{self._name}: embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
+            )
         if q_noise > 0:
             raise ValueError(f"{self._name}: quantisation noise is not supported, got q_noise={q_noise}; wanted 0")
         self.embed_dim, self.num_heads = embed_dim, num_heads

@@ -135,7 +135,10 @@ class External_Memory:
         """Nothing to do: there is no FAISS here. (The published method stops at an undefined name.)"""
 
     def add_index(
-        self, qkv_val: Mapping[str, Tensor], retrieval_layer_index: int | None = None, padding_mask: Tensor | None = None
+        self,
+        qkv_val: Mapping[str, Tensor],
+        retrieval_layer_index: int | None = None,
+        padding_mask: Tensor | None = None,
     ) -> None:
         """Append qkv_val["k"], qkv_val["v"] [B, T, H * D]. As published, the other two arguments do nothing.
 
@@ -156,7 +159,8 @@ class External_Memory:
                 raise ValueError(
                     "External_Memory.add_index: memory_size is too small for this batch: the published rule removes"
                     f" {removed} chunks before it adds {added}, and {self.dstore_idx} are stored; memory_size ="
-                    f" {self.memory_size} tokens must be more than twice the {tokens} of a batch, and batches of one size"
+                    f" {self.memory_size} must be more than twice the {tokens} tokens of a batch, and batches of one"
+                    " size"
                 )
         if self.dstore_idx == 0 and keys.device != self.device:
             self.device, self._bank = keys.device, None
@@ -213,8 +217,8 @@ class External_Memory:
     def _content(self) -> Tensor:
         """The bank [1, H, C, 2, c, D] with what was added in its slots.
 
-        A bank that was read may be saved in a graph. New chunks go to slots that no reader has seen, so they are written
-        past autograd's version counter (`.data`); an eviction moves chunks, so it makes a new bank.
+        A bank that was read may be saved in a graph. New chunks go to slots that no reader has seen, so they are
+        written past autograd's version counter (`.data`); an eviction moves chunks, so it makes a new bank.
         """
         if self._bank is None:
             self._bank, self._mean = self._empty()
