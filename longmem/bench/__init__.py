@@ -1,4 +1,4 @@
-"""Side-by-side measurements of the three operations: every provider passes a correctness gate before it is timed.
+"""Side-by-side measurements of the operations and of what is built from them: every provider passes a correctness gate before it is timed.
 
 rows = measure("chunk_topk", shapes.RETRIEVAL_CPU)
 print(table(rows))
