@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from .timing import synchronised, wall_times
+from .timing import Call, synchronised, wall_times
 
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 _MATRIX = {"cpu": 2048, "cuda": 8192}
@@ -31,19 +31,25 @@ class Ceilings:
 @cache
 def ceilings(device: str, dtype: torch.dtype, threads: int) -> Ceilings:
     """Measured once per process, in about two seconds; `threads` is there to measure again when it changes."""
-    where = torch.device(device)
-    source = torch.ones(_COPY_BYTES[where.type] // 4, device=where)
+    return Ceilings(_copy(torch.device(device)), _multiply(torch.device(device), dtype))
+
+
+@cache
+def _copy(device: torch.device) -> float:
+    source = torch.ones(_COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    copied = 2 * source.numel() * 4 / _best(lambda: target.copy_(source), where)
-    del source, target
-    size = _MATRIX[where.type]
-    left, right = (torch.randn(size, size, device=where).to(dtype) for _ in range(2))
+    return 2 * source.numel() * 4 / _best(lambda: target.copy_(source), device)
+
+
+def _multiply(device: torch.device, dtype: torch.dtype) -> float:
+    size = _MATRIX[device.type]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
-    multiplied = 2 * size**3 / _best(lambda: torch.mm(left, right, out=product), where)
-    return Ceilings(copied, multiplied)
+    return 2 * size**3 / _best(lambda: torch.mm(left, right, out=product), device)
 
 
-def _best(run, device: torch.device) -> float:  # type: ignore[no-untyped-def]  # as Call
+def _best(run: Call, device: torch.device) -> float:
+    """Seconds of the fastest of several calls."""
     call = synchronised(run, device)
     call()
     taken: list[float] = []

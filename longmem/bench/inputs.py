@@ -108,7 +108,7 @@ def _average(ring: Ring) -> None:
 
 
 def _distinct_ids(shape: Shape, generator: torch.Generator, device: torch.device) -> Tensor:
-    """[B, H, T, K] int32 in random order: one of each of K equal parts of the ring, as no search finds a chunk twice."""
+    """[B, H, T, K] int32 in random order, one of each of K equal parts of the ring: no search finds a chunk twice."""
     size = (shape.B, shape.H, shape.T, shape.K)
     part = shape.M // shape.K
     ids = torch.randint(part, size, generator=generator, device=device) + part * torch.arange(shape.K, device=device)

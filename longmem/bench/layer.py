@@ -1,7 +1,7 @@
 """A whole memory layer step by step: search, read and write, by our kernels and by compositions of others.
 
-Each layer keeps a memory of its own, as full at the start as the inputs' ring, and names its parts, so that `bench layer`
-times it and `profile retrieval` says where the time goes.
+Each layer keeps a memory of its own, as full at the start as the inputs' ring, and names its parts, so that `bench
+layer` times it and `profile retrieval` says where the time goes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def quiet(name: str) -> AbstractContextManager[None]:
 
 
 class Layer(Protocol):
-    """One call is one step of the memory layer on the same segment."""
+    """A memory layer with a memory of its own."""
 
-    def run(self, span: Span = quiet) -> Tensor:
-        """[B, H, T, D], the fused attention; the parts of the work run inside `span(name)`."""
+    def step(self, span: Span = quiet) -> Tensor:
+        """One step on the inputs' segment: [B, H, T, D], the fused attention. Parts run inside `span(name)`."""
 
     def collect(self, out: Tensor) -> tuple[Tensor, ...]:
         """The output, and what the memory then holds, as `contents` of a ring."""
@@ -47,7 +47,7 @@ class LongMemLayer:
         self.inputs, self.impl = inputs, impl
         self.ring = copy_of(inputs.fusion.ring)
 
-    def run(self, span: Span = quiet) -> Tensor:
+    def step(self, span: Span = quiet) -> Tensor:
         inputs, ring, write = self.inputs.fusion, self.ring, self.inputs.write
         with torch.no_grad():
             with span("score + select"):
@@ -86,7 +86,7 @@ class TorchLayer:
                 found.append(scores.topk(shape.K, dim=-1).indices)
         return by_query_head(torch.cat(found), shape)
 
-    def run(self, span: Span = quiet) -> Tensor:
+    def step(self, span: Span = quiet) -> Tensor:
         inputs, write = self.inputs.fusion, self.inputs.write
         with torch.no_grad():
             ids = self._search(span)
@@ -100,9 +100,9 @@ class TorchLayer:
 
 
 class OfficialLayer:
-    """As LongMem's published code does it: an index per key head, gathered copies, eager attention, eviction by shifting.
+    """As LongMem's published code does it: an index per key head, gathered copies, eager attention, shifting eviction.
 
-    Holds M or M + n chunks in turn where n are written, see `OfficialMemory`; two steps make one run.
+    Holds M or M + n chunks in turn where n are written, see `OfficialMemory`.
     """
 
     def __init__(self, inputs: LayerInputs) -> None:
@@ -119,11 +119,6 @@ class OfficialLayer:
                 memory.write(write.key, write.value)
         return out
 
-    def run(self, span: Span = quiet) -> Tensor:
-        out = self.step(span)
-        self.step(span)
-        return out
-
     def collect(self, out: Tensor) -> tuple[Tensor, ...]:
         return out, *self.memory.as_ring()
 
@@ -135,7 +130,7 @@ def _search_each(indices: Indices, query: Tensor, k: int) -> Tensor:
 
 
 def _read(inputs: LayerInputs, key: Tensor, value: Tensor, ids: Tensor, span: Span) -> Tensor:
-    """Gather chunks `ids` [B, H, T, K] from key and value [R, G, M, C, D], attend to them and to the local keys, and mix."""
+    """Gather chunks `ids` [B, H, T, K] of key and value [R, G, M, C, D], attend to them and to local keys, and mix."""
     fusion, shape = inputs.fusion, inputs.shape
     with span("gather"):
         chunk_key, chunk_value = gather(key, ids, shape), gather(value, ids, shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ from .timing import (
 )
 from .work import Work, work
 
+
+def first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
 Clock = Callable[[Call, int], list[float]]
 """From a call and a number of rounds to the seconds that each round took."""
 
@@ -44,7 +51,8 @@ class Row:
     """One measurement, or the reason why there is none (then the numbers are None).
 
     Attributes:
-        bound: computes less than the operation, or something near it; `wrong`: refused by the gate, `reason` says how.
+        bound: computes less than the operation, or something near it.
+        wrong: refused by the gate, or failed where it should run; `reason` says how.
         median_ms, p20_ms, p80_ms, p95_ms, p99_ms: time per operation; on CUDA with a cold L2 cache.
         warm_ms, graph_ms: CUDA only: median with a warm L2 cache, and replayed as a CUDA graph (cold).
         cores: processor time over wall time while the rounds ran: rows of one table that got different shares of a busy
@@ -53,6 +61,7 @@ class Row:
         bytes, flops: what the operation has to do at least.
         floor_ms, floor: the time that takes at the machine's measured ceilings, and which one: "copy" or "matmul".
         tokens: tokens per operation.
+        sweep: the sweep that this is a point of, named after the size that grows.
         note: what a reader of the number must know.
     """
 
@@ -82,6 +91,7 @@ class Row:
     floor_ms: float | None = None
     floor: str | None = None
     tokens: int | None = None
+    sweep: str | None = None
     note: str | None = None
     reason: str | None = None
 
@@ -90,20 +100,29 @@ class Row:
 
 
 class Case:
-    """One operation on one shape and device: the same inputs and the same gate for all providers."""
+    """One operation on one shape and device: the same inputs, drawn when needed, and the same gate for all."""
 
-    def __init__(self, op: str, shape: Shape, device: torch.device | str = "cpu", *, seed: int = 0) -> None:
-        self.op, self.shape, self.device = op, shape, torch.device(device)
-        self.inputs: Any
-        self.gate: Any
-        if op in MODEL_OPS:
+    def __init__(
+        self, op: str, shape: Shape, device: torch.device | str = "cpu", *, sweep: str | None = None, seed: int = 0
+    ) -> None:
+        self.op, self.shape, self.device, self.sweep = op, shape, torch.device(device), sweep
+        self.seed = seed
+
+    @cached_property
+    def inputs(self) -> Any:
+        if self.op in MODEL_OPS:
             from . import models  # needs transformers
 
-            self.inputs = models.draw(op, shape, self.device, seed)
-            self.gate = models.ModelGate(self.inputs)
-        else:
-            self.inputs = draw(op.removesuffix("_backward"), shape, self.device, seed)
-            self.gate = Gate(op, self.inputs)
+            return models.draw(self.op, self.shape, self.device, self.seed)
+        return draw(self.op.removesuffix("_backward"), self.shape, self.device, self.seed)
+
+    @cached_property
+    def gate(self) -> Any:
+        if self.op in MODEL_OPS:
+            from .models import ModelGate
+
+            return ModelGate(self.inputs)
+        return Gate(self.op, self.inputs)
 
     def admit(self, provider: Provider) -> Prepared:
         """Prepare `provider`, run it once and check its result.
@@ -118,15 +137,16 @@ class Case:
         try:
             prepared = provider.prepare(self.inputs)
             result = prepared.collect(prepared.run())
+            self.gate.check(provider.name, result, provider.computes, prepared.repeat)
+        except GateError:
+            raise
         except torch.OutOfMemoryError as error:
-            raise Unavailable(f"out of memory: {str(error).splitlines()[0]}") from None
+            raise Unavailable(f"out of memory: {first_line(error)}") from None
         except Exception as error:
             if provider.ours:
                 raise
             # Other libraries' limits cannot all be known beforehand; ours are bugs.
-            lines = str(error).strip().splitlines() or ["no message"]
-            raise Unavailable(f"{type(error).__name__}: {lines[0]}") from error
-        self.gate.check(provider.name, result, provider.computes, prepared.repeat)
+            raise Unavailable(first_line(error)) from error
         return prepared
 
     def measure(
@@ -158,6 +178,7 @@ class Case:
         return self.row(
             provider,
             **summary,
+            **self._least(),
             warm_ms=warm if warm is None else warm / each,
             graph_ms=graph,
             cores=cores.cores,
@@ -183,14 +204,17 @@ class Case:
             commit=environment.commit(),
             ours=provider.ours,
             bound=provider.computes != "op",
-            tokens=self.shape.B * self.shape.T,
-            **self._least(),
+            tokens=self.shape.B * (1 if self.op == "generate" else self.shape.T),
+            sweep=self.sweep,
             **numbers,
         )
 
-    def refused(self, provider: Provider, why: Unavailable | GateError) -> Row:
-        """The row of a provider that was not timed."""
-        return self.row(provider, reason=str(why), wrong=isinstance(why, GateError))
+    def refused(self, provider: Provider, why: Exception) -> Row:
+        """The row of a provider that was not timed, because of Unavailable, GateError or what it raised."""
+        if isinstance(why, Unavailable):
+            return self.row(provider, reason=str(why))
+        what = f"refused by the correctness gate: {why.detail}" if isinstance(why, GateError) else first_line(why)
+        return self.row(provider, reason=what, wrong=True)
 
     def _least(self) -> dict[str, Any]:
         amount: Work | None = self.inputs.work() if self.op in MODEL_OPS else work(self.op, self.shape)
@@ -210,6 +234,7 @@ def measure(
     device: torch.device | str = "cpu",
     seconds: float = 1.0,
     strict: bool = True,
+    sweep: str | None = None,
     done: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Time providers side by side; one row each, in the order given.
@@ -221,20 +246,21 @@ def measure(
         rounds: calls per provider, at least 2; default as many as take about `seconds`, 3 to 200 (one query: to 1000).
         device: "cpu" or "cuda".
         seconds: see `rounds`.
-        strict: raise for a wrong result; otherwise its row says what was wrong, without a time.
+        strict: raise for a wrong result, or what a provider of ours raises; otherwise its row says so, without a time.
+        sweep: kept in the rows, see `Row`.
         done: called with every row as soon as it is there.
 
     Raises:
         GateError: a provider's result is wrong, and `strict`.
     """
-    case = Case(op, shape, device)
+    case = Case(op, shape, device, sweep=sweep)
     rows = []
     for provider in all_providers(op) if providers is None else providers:
         try:
             row = case.measure(provider, rounds=rounds, seconds=seconds)
         except Unavailable as why:
             row = case.refused(provider, why)
-        except GateError as why:
+        except Exception as why:
             if strict:
                 raise
             row = case.refused(provider, why)

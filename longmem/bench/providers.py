@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,14 +14,17 @@ from torch import Tensor
 from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
 from longmem_kernels.info import implementations, why_not
 
+if TYPE_CHECKING:
+    from .layer import Layer
+
 from .inputs import FusionInputs, LayerInputs, RetrievalInputs, WriteInputs
 from .shapes import Shape
 
 KERNEL_OPS = ("chunk_topk", "memory_attention", "memory_attention_backward", "ring_write", "memory_layer")
 MODEL_OPS = ("generate", "train_step")
 OPS = (*KERNEL_OPS, *MODEL_OPS)
-"""Questions that can be measured. "memory_attention_backward" is forward and backward together, "memory_layer" a search,
-a read and a write, "generate" greedy generation and "train_step" a whole step of training with a LongMem model."""
+"""Questions that can be measured. "memory_attention_backward" is forward and backward together, "memory_layer" a
+search, a read and a write, "generate" greedy generation and "train_step" a step of training with a LongMem model."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,14 @@ class Prepared:
         collect: turns what `run` returned into the tensors that the gate compares; not timed.
         repeat: operations that one `run` does; times are divided by it.
         note: what a reader of the number must know.
+        layer: of "memory_layer", what the profiler looks into.
     """
 
     run: Callable[[], Any]
     collect: Callable[[Any], tuple[Tensor, ...]] = lambda result: tuple(result)
     repeat: int = 1
     note: str | None = None
+    layer: Layer | None = None
 
 
 @dataclass(frozen=True)
@@ -85,21 +90,10 @@ def providers(op: str) -> list[Provider]:
     return [_ours(op, impl) for impl in own] + baselines.of(op)
 
 
-def select(op: str, wanted: Sequence[str]) -> list[Provider]:
-    """The providers of `op` whose names hold one of `wanted`, or match it as a pattern with `*`; all for no `wanted`.
-
-    Raises:
-        ValueError: one of `wanted` names no provider.
-    """
-    found = providers(op)
-    if not wanted:
-        return found
-    patterns = [word.lower() if "*" in word else f"*{word.lower()}*" for word in wanted]
-    for word, pattern in zip(wanted, patterns, strict=True):
-        if not any(fnmatch.fnmatch(provider.name.lower(), pattern) for provider in found):
-            names = "; ".join(provider.name for provider in found)
-            raise ValueError(f"providers: wanted some of: {names}; got {word!r}")
-    return [one for one in found if any(fnmatch.fnmatch(one.name.lower(), pattern) for pattern in patterns)]
+def matches(provider: Provider, word: str) -> bool:
+    """Whether the provider's name holds `word`, or matches it as a pattern with `*`; case does not matter."""
+    pattern = word.lower() if "*" in word else f"*{word.lower()}*"
+    return fnmatch.fnmatchcase(provider.name.lower(), pattern)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -220,4 +214,4 @@ def _prepare_layer(inputs: LayerInputs, impl: str) -> Prepared:
     from .layer import LongMemLayer
 
     layer = LongMemLayer(inputs, impl)
-    return Prepared(layer.run, layer.collect)
+    return Prepared(layer.step, layer.collect, layer=layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -13,6 +14,9 @@ SYMBOLS = {
     "train_step": "B T H G D M C K",
     "generate": "B T S H G D M C K",
 }
+
+MODELS = ("tiny", "smollm2")
+"""Backbones of the questions about whole models."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,19 @@ def change(shape: Shape, **sizes: int) -> Shape:
     for name, size in sizes.items():
         if name not in SIZES or size < (0 if name in ("S", "R") else 1):
             raise ValueError(f"shape: wanted one of {' '.join(SIZES)} and a size of at least 1, got {name}={size}")
-    new = replace(shape, **sizes)
+    values: dict[str, Any] = dict(sizes)
+    new = replace(shape, **values)
     # More heads than before would otherwise need G to be named as well.
     if "H" in sizes and "G" not in sizes and shape.H == shape.G:
         new = replace(new, G=new.H)
-    if new.H % new.G or new.keys < new.T or new.rings not in (1, new.B) or new.K >= new.M or new.C > 64 or new.K > 64:
+    if (
+        new.H % new.G
+        or (new.keys < new.T and not new.model)
+        or new.rings not in (1, new.B)
+        or new.K >= new.M
+        or new.C > 64
+        or new.K > 64
+    ):
         raise ValueError(
             "shape: wanted H a multiple of G, S >= T, R of 1 or B, K < M, C and K of at most 64, got"
             f" {' '.join(f'{name}={getattr(new, name)}' for name in SIZES)}"
@@ -96,7 +108,7 @@ def change(shape: Shape, **sizes: int) -> Shape:
 RETRIEVAL_CPU = Shape(B=1, T=1024, H=4, G=4, D=64, M=16384)
 FUSION_CPU = Shape(B=2, T=512, H=8, G=8, D=64, M=4096)
 LAYER_CPU = Shape(B=2, T=256, H=8, G=8, D=64, M=8192, R=1)
-MODEL_CPU = Shape(B=1, T=64, H=6, G=6, D=64, M=4096, S=128, model="tiny")
+MODEL_CPU = Shape(B=1, T=32, H=6, G=6, D=64, M=4096, S=16, model="tiny")
 # The paper's model: width 1024 in 16 heads, segments of 1024 tokens, 64k tokens of memory, 64 of them per query.
 PAPER = Shape(B=8, T=1024, H=16, G=16, D=64, M=16384, dtype=torch.bfloat16)
 
@@ -109,7 +121,7 @@ def decoding(shape: Shape) -> Shape:
 def base(op: str, *, paper: bool) -> Shape:
     """The shape that `op` is measured at first."""
     if op == "generate":
-        return replace(MODEL_CPU, H=16, G=16, M=16384, S=1024, dtype=torch.bfloat16) if paper else MODEL_CPU
+        return replace(MODEL_CPU, H=16, G=16, M=16384, dtype=torch.bfloat16) if paper else MODEL_CPU
     if op == "train_step":
         tokens = 1024 if paper else 256
         return replace(base("generate", paper=paper), B=8 if paper else 2, T=tokens, S=0)

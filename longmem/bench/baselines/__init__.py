@@ -12,7 +12,9 @@ def of(op: str) -> list[Provider]:
     """The baselines of `op`."""
     if op == "chunk_topk":
         return [
-            Provider("torch matmul + topk", retrieval.prepare_matmul_topk, retrieval.why_no_matmul_topk, graphable=True),
+            Provider(
+                "torch matmul + topk", retrieval.prepare_matmul_topk, retrieval.why_no_matmul_topk, graphable=True
+            ),
             *faiss_search.providers(),
             *flashlib_search.providers(),
         ]

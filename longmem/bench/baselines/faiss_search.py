@@ -18,9 +18,9 @@ from .retrieval import by_key_head, by_query_head
 def providers() -> list[Provider]:
     """Searches of one query head of one row at a time, and of all queries of an index in one call.
 
-    An index holds the chunks of one key head, and no call of FAISS searches several indices at once. So a batch can hold
-    the query heads that share a key head, and the rows that share a ring; the latter is what LongMem's published code
-    does. Where neither is shared, both ways are the same calls.
+    An index holds the chunks of one key head, and no call of FAISS searches several indices at once. So a batch can
+    hold the query heads that share a key head, and the rows that share a ring; the latter is what LongMem's published
+    code does. Where neither is shared, both ways are the same calls.
     """
     found = []
     for kind, why, own in (("cpu", why_no_cpu, False), ("gpu", why_no_gpu, True)):
@@ -28,7 +28,10 @@ def providers() -> list[Provider]:
         found += [
             Provider(f"faiss-{kind} {index} per head", partial(_prepare, batched=False), why, own_memory=own),
             Provider(
-                f"faiss-{kind} {index} batched", partial(_prepare, batched=True), partial(_why_no_batch, why), own_memory=own
+                f"faiss-{kind} {index} batched",
+                partial(_prepare, batched=True),
+                partial(_why_no_batch, why),
+                own_memory=own,
             ),
         ]
     return found

@@ -1,10 +1,10 @@
 """FlashLib's `flash_knn`: fused exact search on the GPU, by squared distance alone.
 
-Inner product is got from squared distance by making all centroids equally long: six more dimensions hold what a centroid
-lacks to the largest length, each rounded down to the inputs' dtype, the next one taking up the rest, which leaves less
-than 2^-30 of the squared length; the queries are zero there. FlashLib pads D to a power of two, so this costs it half
-its products at D = 64. The second provider searches by squared distance at the same sizes: not our operation, but what
-FlashLib is made for.
+Inner product is got from squared distance by making all centroids equally long: six more dimensions hold what a
+centroid lacks to the largest length, each rounded down to the inputs' dtype, the next one taking up the rest, which
+leaves less than 2^-30 of the squared length; the queries are zero there. FlashLib pads D to a power of two, so this
+costs it half its products at D = 64. The second provider searches by squared distance at the same sizes: not our
+operation, but what FlashLib is made for.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _why_not(shape: Shape, device: torch.device) -> str | None:
 
 
 def equal_lengths(centroid: Tensor) -> tuple[Tensor, Tensor]:
-    """centroid [n, M, D] with `_PADDING` more dimensions, and the squared length that all of them then have, [n, 1, 1]."""
+    """centroid [n, M, D] with `_PADDING` more dimensions, and the squared length that all then have, [n, 1, 1]."""
     exact = centroid.double()
     squared = exact.square().sum(-1, keepdim=True)
     longest = squared.amax(1, keepdim=True) * (1 + 1e-6)

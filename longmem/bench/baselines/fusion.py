@@ -76,13 +76,8 @@ def _why_no_inductor(device_type: str) -> str | None:
         if not bool((torch.compile(lambda x: x + 1, dynamic=False)(one) == 2).all()):
             return "torch.compile computes 1 + 1 wrongly here"
     except Exception as error:
-        return f"torch.compile does not work here: {_first_line(error)}"
+        return f"torch.compile does not work here: {type(error).__name__}: {error}"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def why_no_compiled(shape: Shape, device: torch.device, *, backward: bool) -> str | None:

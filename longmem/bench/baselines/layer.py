@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..inputs import LayerInputs
 from ..providers import Prepared, Provider, eager_bytes, too_large
@@ -29,11 +30,17 @@ def _prepare_torch(inputs: LayerInputs) -> Prepared:
     from ..layer import TorchLayer
 
     layer = TorchLayer(inputs)
-    return Prepared(layer.run, layer.collect)
+    return Prepared(layer.step, layer.collect, layer=layer)
 
 
 def _prepare_official(inputs: LayerInputs) -> Prepared:
     from ..layer import OfficialLayer
 
     layer = OfficialLayer(inputs)
-    return Prepared(layer.run, layer.collect, repeat=2, note=EVICTION_NOTE)
+
+    def two_steps() -> Tensor:
+        out = layer.step()
+        layer.step()
+        return out
+
+    return Prepared(two_steps, layer.collect, repeat=2, note=EVICTION_NOTE, layer=layer)

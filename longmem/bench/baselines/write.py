@@ -66,9 +66,9 @@ class OfficialMemory:
     """A memory kept as LongMem's published code keeps it.
 
     Chunks lie in the order of their age; an index per key head holds their means. When n new chunks would reach the
-    capacity, the 2n oldest are removed first: what is left is shifted to the front by `cat`, and ids of the indices with
-    it. So every second write evicts. The capacity here is what makes the memory hold M chunks or M + n in turn, where
-    a ring of M chunks always holds M.
+    capacity, the 2n oldest are removed first: what is left is shifted to the front by `cat`, and ids of the indices
+    with it. So every second write evicts. The capacity here is what makes the memory hold M chunks or M + n in turn,
+    where a ring of M chunks always holds M.
     """
 
     def __init__(self, ring: Ring, shape: Shape) -> None:
