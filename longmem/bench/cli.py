@@ -1,4 +1,4 @@
-"""`longmem bench` and `longmem profile`; `python -m longmem.bench` is the same without the rest of the command line."""
+"""`longmem bench` and `longmem profile`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import typer
 from tqdm import tqdm
 
+from ..console import choose_device
 from . import compare as comparing
 from . import suite
 from .ceilings import ceilings
@@ -38,17 +39,6 @@ Plots = Annotated[Path | None, typer.Option("--plots", help="Write PNGs to this 
 Model = Annotated[str | None, typer.Option(help=f"Backbone of generate and train: {', '.join(MODELS)}.")]
 Keep = Annotated[bool, typer.Option("--keep", help="Keep the rows under benchmarks/results/.")]
 Minutes = Annotated[float | None, typer.Option(help="Begin nothing new after this time.")]
-
-
-def choose_device(device: str) -> torch.device:
-    """Raises ValueError when there is no such device here."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or auto, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device cuda was asked for, but PyTorch {torch.__version__} finds no CUDA device")
-    return torch.device(device)
 
 
 def _paper(scale: str, device: torch.device) -> bool:

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
+from longmem_kernels import chunk_topk, memory_attention, ring_write
 
 from .baselines.faiss_search import Indices
 from .baselines.fusion import gated, gather, gathered_attention, local_attention
 from .baselines.retrieval import SCORE_BYTES, by_key_head, by_query_head, multiply
-from .baselines.write import OfficialMemory, index_copy
+from .baselines.write import EagerRing, OfficialMemory
 from .inputs import LayerInputs
 from .providers import contents, copy_of
 
@@ -71,7 +71,8 @@ class TorchLayer:
 
     def __init__(self, inputs: LayerInputs) -> None:
         self.inputs = inputs
-        self.ring: Ring = copy_of(inputs.fusion.ring)
+        self.memory = EagerRing(inputs.fusion.ring, inputs.shape)
+        self.ring = self.memory.ring
 
     def _search(self, span: Span) -> Tensor:
         shape, retrieval = self.inputs.shape, self.inputs.retrieval
@@ -87,12 +88,12 @@ class TorchLayer:
         return by_query_head(torch.cat(found), shape)
 
     def step(self, span: Span = quiet) -> Tensor:
-        inputs, write = self.inputs.fusion, self.inputs.write
+        write = self.inputs.write
         with torch.no_grad():
             ids = self._search(span)
             out = _read(self.inputs, self.ring.key, self.ring.value, ids, span)
             with span("write"):
-                index_copy(self.ring, write.key, write.value, inputs.shape)
+                self.memory.write(write.key, write.value)
         return out
 
     def collect(self, out: Tensor) -> tuple[Tensor, ...]:

@@ -168,7 +168,7 @@ class Case:
         count = rounds_within(call, seconds, most) if rounds is None else rounds
         with CoreClock() as cores:
             if self.device.type == "cuda":
-                graphable = provider.graphable and prepared.repeat == 1
+                graphable = provider.graphable and prepared.graphable and prepared.repeat == 1
                 times = cuda_times(prepared.run, self.device, count, graphable=graphable)
             else:
                 times = Times(clock(call, count))

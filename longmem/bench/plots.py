@@ -105,7 +105,7 @@ def _bars(panel: Any, group: list[Row]) -> None:
     legend = "ms, median; whiskers p20 - p80;  x: the fastest baseline's time over ours;  * a bound: less, or near"
     panel.set_xlabel("\n".join([legend, *_not_timed(group)]), fontsize=7, loc="left")
     panel.tick_params(axis="x", labelsize=7)
-    panel.set_title("\n".join(textwrap.wrap(title(group[0]), 105)), fontsize=8, loc="left")
+    panel.set_title("\n".join(textwrap.wrap(title(group[0]), 88)), fontsize=8, loc="left")
     panel.spines[["top", "right"]].set_visible(False)
 
 

@@ -36,6 +36,7 @@ class Prepared:
         collect: turns what `run` returned into the tensors that the gate compares; not timed.
         repeat: operations that one `run` does; times are divided by it.
         note: what a reader of the number must know.
+        graphable: every run launches the same kernels on the same memory (if the provider can be captured at all).
         layer: of "memory_layer", what the profiler looks into.
     """
 
@@ -43,6 +44,7 @@ class Prepared:
     collect: Callable[[Any], tuple[Tensor, ...]] = lambda result: tuple(result)
     repeat: int = 1
     note: str | None = None
+    graphable: bool = True
     layer: Layer | None = None
 
 

@@ -13,7 +13,7 @@ from .write import EVICTION_NOTE, why_no_index_copy, why_no_official
 
 def providers() -> list[Provider]:
     return [
-        Provider("torch matmul + topk, eager, index_copy", _prepare_torch, _why_no_torch, graphable=True),
+        Provider("torch matmul + topk, eager, index_copy", _prepare_torch, _why_no_torch),
         Provider("official: faiss, gather, eager, cat-shift", _prepare_official, _why_no_official, own_memory=True),
     ]
 

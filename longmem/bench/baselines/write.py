@@ -13,39 +13,56 @@ from ..shapes import Shape
 from .faiss_search import Indices, why_none
 
 
-def chunks_of(tokens: Tensor, shape: Shape) -> Tensor:
-    """[B, G, T, D] as whole chunks per ring, [R, G, n, C, D], rows that share a ring one after another."""
-    rows = tokens.unflatten(0, (shape.rings, shape.rows_per_ring)).transpose(1, 2)
-    return rows.flatten(2, 3).unflatten(2, (-1, shape.C))
-
-
-def _why_not_whole(shape: Shape) -> str | None:
-    if shape.T % shape.C:
-        return f"writes whole chunks only; T={shape.T} is no multiple of C={shape.C}"
-    return None if written(shape) <= shape.M else "would write the same slot twice"
+def by_ring(tokens: Tensor, shape: Shape) -> Tensor:
+    """[B, G, T, D] as the tokens of each ring, [R, G, n, D], rows that share a ring one after another."""
+    return tokens.unflatten(0, (shape.rings, shape.rows_per_ring)).transpose(1, 2).flatten(2, 3)
 
 
 def written(shape: Shape) -> int:
-    """Chunks that one write adds to a ring."""
+    """Whole chunks that one write adds to a ring."""
     return shape.rows_per_ring * shape.T // shape.C
 
 
 def why_no_index_copy(shape: Shape, device: torch.device) -> str | None:
-    return _why_not_whole(shape)
+    return None if written(shape) < shape.M else "would write the same slot twice"
 
 
-def index_copy(ring: Ring, key: Tensor, value: Tensor, shape: Shape) -> None:
-    """Whole chunks into the next slots; rings are in step, so that one index serves all of them."""
-    slots = (ring.cursor[0] // shape.C + torch.arange(written(shape), device=ring.cursor.device)) % ring.chunks
-    key, value = chunks_of(key, shape), chunks_of(value, shape)
-    ring.store.index_copy_(2, slots, torch.stack([key, value], 3).to(ring.store.dtype))
-    ring.centroid.index_copy_(2, slots, key.mean(-2, dtype=torch.float32).to(ring.centroid.dtype))
-    ring.cursor.add_(shape.rows_per_ring * shape.T)
+class EagerRing:
+    """A ring kept without a kernel. All rings are in step, so that one index serves all of them; where the open chunk
+    begins is counted on the host."""
+
+    def __init__(self, ring: Ring, shape: Shape) -> None:
+        self.ring, self.shape = copy_of(ring), shape
+        self.open = int(ring.cursor[0]) % shape.C  # tokens in the open chunk
+
+    def write(self, key: Tensor, value: Tensor) -> None:
+        ring, shape = self.ring, self.shape
+        tokens = torch.stack([by_ring(key, shape), by_ring(value, shape)], 2).to(ring.store.dtype)  # [R, G, 2, n, D]
+        if self.open:
+            tokens = torch.cat([ring.tail[:, :, :, : self.open], tokens], 3)
+        whole, rest = divmod(tokens.shape[3], shape.C)
+        if whole:
+            chunks = tokens[:, :, :, : whole * shape.C].unflatten(3, (whole, shape.C)).transpose(2, 3)
+            slots = (ring.cursor[0] // shape.C + torch.arange(whole, device=ring.cursor.device)) % ring.chunks
+            ring.store.index_copy_(2, slots, chunks)
+            means = chunks[:, :, :, 0].mean(-2, dtype=torch.float32)
+            ring.centroid.index_copy_(2, slots, means.to(ring.centroid.dtype))
+        if rest:
+            ring.tail[:, :, :, :rest] = tokens[:, :, :, whole * shape.C :]
+        self.open = rest
+        ring.cursor.add_(shape.rows_per_ring * shape.T)
 
 
 def prepare_index_copy(inputs: WriteInputs) -> Prepared:
-    ring = copy_of(inputs.ring)
-    return Prepared(lambda: index_copy(ring, inputs.key, inputs.value, inputs.shape), lambda _: contents(ring))
+    ring = EagerRing(inputs.ring, inputs.shape)
+    return Prepared(
+        lambda: ring.write(inputs.key, inputs.value), lambda _: contents(ring.ring), graphable=_in_whole(inputs.shape)
+    )
+
+
+def _in_whole(shape: Shape) -> bool:
+    """Every write is the same then: it begins and ends with a chunk."""
+    return shape.rows_per_ring * shape.T % shape.C == 0
 
 
 def prepare_copy(inputs: WriteInputs) -> Prepared:
@@ -83,7 +100,8 @@ class OfficialMemory:
     def write(self, key: Tensor, value: Tensor) -> None:
         if self.size + self.new >= self.capacity:
             self._remove(2 * self.new)
-        key, value = (chunks_of(part, self.shape).to(self.keys.dtype) for part in (key, value))
+        chunk = (self.new, self.shape.C)
+        key, value = (by_ring(part, self.shape).unflatten(2, chunk).to(self.keys.dtype) for part in (key, value))
         self.keys[:, :, self.size : self.size + self.new] = key
         self.values[:, :, self.size : self.size + self.new] = value
         self.indices.add(key.mean(-2, dtype=torch.float32).flatten(0, 1))
@@ -109,7 +127,9 @@ class OfficialMemory:
 
 
 def why_no_official(shape: Shape, device: torch.device) -> str | None:
-    return _why_not_whole(shape) or why_none(shape, device)
+    if not _in_whole(shape):
+        return f"writes whole chunks and drops the rest; {shape.rows_per_ring * shape.T} tokens come at once"
+    return why_no_index_copy(shape, device) or why_none(shape, device)
 
 
 def prepare_official(inputs: WriteInputs) -> Prepared:
