@@ -1,4 +1,4 @@
-"""The command line: `longmem train | eval | generate | quickstart`."""
+"""The command line: `longmem train | eval | generate | quickstart | bench | profile`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import typer
 
 from .backbones.load import default_memory_layers, load_backbone
+from .bench.cli import bench_app, profile_app
 from .config import LongMemConfig
 from .console import (
     announce,
@@ -29,6 +30,8 @@ from .states import StateCache, encode_now
 from .training.trainer import TrainConfig, Trainer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A frozen language model with a long-term memory.")
+app.add_typer(bench_app, name="bench")
+app.add_typer(profile_app, name="profile")
 
 Data = Annotated[
     list[str], typer.Option("--data", help=f"Files, folders or globs (.txt .jsonl .parquet), or {', '.join(CORPORA)}.")

@@ -20,6 +20,16 @@ from ._version import __version__
 DEVICE_TYPES = ("cpu", "cuda")
 
 
+def implementations(op: str) -> tuple[str, ...]:
+    """The names that `impl=` of `op` takes beside "auto", the preferred one first."""
+    return _dispatch.PREFERENCE[op]
+
+
+def why_not(op: str, impl: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The reason why `impl` of `op` cannot run on this device type with this dtype and head dim; None when it can."""
+    return _dispatch.why_unavailable(op, impl, device) or _dispatch.why_unsupported(impl, (dtype,), head_dim)
+
+
 def report() -> dict[str, Any]:
     """What `python -m longmem_kernels.info` prints, ready for JSON.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from longmem_kernels import __version__
-from longmem_kernels._extension import build_info
+from longmem_kernels.info import report
 
 
 @cache
@@ -58,7 +58,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "cuda": torch.version.cuda or "none",
         "triton": _version("triton"),
         "faiss": _version("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss"),
-        "compiler": build_info().get("compiler", "no extension"),
+        "compiler": report()["extension"].get("compiler", "no extension"),
     }
 
 

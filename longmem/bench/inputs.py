@@ -16,8 +16,8 @@ from .shapes import Shape
 class RetrievalInputs:
     shape: Shape
     query: Tensor  # [B, H, T, D]
-    centroid: Tensor  # [B, G, M, D]
-    count: Tensor  # [B]
+    centroid: Tensor  # [R, G, M, D]
+    count: Tensor  # [R]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FusionInputs:
     key: Tensor  # [B, G, S, D]
     value: Tensor  # [B, G, S, D]
     ring: Ring
-    chunk_ids: Tensor  # [B, H, T, K]
+    chunk_ids: Tensor  # [B, H, T, K], no id twice for one query
     gate: Tensor  # [H]
     slopes: Tensor  # [H]
     grad: Tensor  # [B, H, T, D], gradient of the output
@@ -41,35 +41,76 @@ class WriteInputs:
     ring: Ring  # providers write into a copy
 
 
-Inputs = RetrievalInputs | FusionInputs | WriteInputs
+@dataclass(frozen=True)
+class LayerInputs:
+    """One memory layer: search with the query, attend, then write key and value. The ring is full."""
+
+    fusion: FusionInputs  # its chunk_ids are not used: the layer finds its own
+
+    @property
+    def shape(self) -> Shape:
+        return self.fusion.shape
+
+    @property
+    def write(self) -> WriteInputs:
+        """What is written: the segment, not the keys cached before it."""
+        fusion, T = self.fusion, self.fusion.shape.T
+        return WriteInputs(fusion.shape, fusion.key[:, :, -T:], fusion.value[:, :, -T:], fusion.ring)
+
+    @property
+    def retrieval(self) -> RetrievalInputs:
+        ring = self.fusion.ring
+        return RetrievalInputs(self.fusion.shape, self.fusion.query, ring.centroid, ring.count())
 
 
-def draw(op: str, shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
+OpInputs = RetrievalInputs | FusionInputs | WriteInputs | LayerInputs
+
+
+def draw(op: str, shape: Shape, device: torch.device, seed: int = 0) -> OpInputs:
     """Inputs of `op`, normally distributed: zeros would hide unwritten outputs, and some GPUs multiply them faster."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
-    B, T, S, H, G, D, M = shape.B, shape.T, shape.keys, shape.H, shape.G, shape.D, shape.M
+    B, T, S, H, G, D, M, R = shape.B, shape.T, shape.keys, shape.H, shape.G, shape.D, shape.M, shape.rings
     if op == "chunk_topk":
-        count = torch.full((B,), M, dtype=torch.int32, device=device)
-        return RetrievalInputs(shape, normal(B, H, T, D), normal(B, G, M, D), count)
-    ring = Ring.new(rings=B, kv_heads=G, chunks=M, chunk_size=shape.C, head_dim=D, dtype=shape.dtype, device=device)
+        count = torch.full((R,), M, dtype=torch.int32, device=device)
+        return RetrievalInputs(shape, normal(B, H, T, D), normal(R, G, M, D), count)
+    ring = Ring.new(rings=R, kv_heads=G, chunks=M, chunk_size=shape.C, head_dim=D, dtype=shape.dtype, device=device)
     ring.store.normal_(generator=generator)
     if op == "ring_write":
-        # Three chunks before the end of the ring, so that the write of a segment wraps.
-        ring.cursor.fill_((M - 3) * shape.C)
+        # Three chunks before the end of a full ring, so that the write of a segment wraps.
+        ring.cursor.fill_((2 * M - min(3, M)) * shape.C)
+        _average(ring)
         return WriteInputs(shape, normal(B, G, T, D), normal(B, G, T, D), ring)
     ring.cursor.fill_(M * shape.C)
-    return FusionInputs(
+    if op == "memory_layer":
+        _average(ring)
+    fusion = FusionInputs(
         shape,
         normal(B, H, T, D),
         normal(B, G, S, D),
         normal(B, G, S, D),
         ring,
-        torch.randint(M, (B, H, T, shape.K), generator=generator, device=device, dtype=torch.int32),
+        _distinct_ids(shape, generator, device),
         normal(H, dtype=torch.float32),
         torch.tensor([2 ** (-8 * (head + 1) / H) for head in range(H)], device=device),
         normal(B, H, T, D),
     )
+    return LayerInputs(fusion) if op == "memory_layer" else fusion
+
+
+def _average(ring: Ring) -> None:
+    """Centroids of what is stored, a ring at a time to bound the float32 sums."""
+    for ring_number in range(ring.rings):
+        ring.centroid[ring_number].copy_(ring.key[ring_number].mean(-2, dtype=torch.float32))
+
+
+def _distinct_ids(shape: Shape, generator: torch.Generator, device: torch.device) -> Tensor:
+    """[B, H, T, K] int32 in random order, one of each of K equal parts of the ring: no search finds a chunk twice."""
+    size = (shape.B, shape.H, shape.T, shape.K)
+    part = shape.M // shape.K
+    ids = torch.randint(part, size, generator=generator, device=device) + part * torch.arange(shape.K, device=device)
+    order = torch.rand(size, generator=generator, device=device).argsort(-1)
+    return ids.gather(-1, order).to(torch.int32)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
-from longmem_kernels._dispatch import PREFERENCE, why_unavailable, why_unsupported
+from longmem_kernels.info import implementations, why_not
 
-from .inputs import FusionInputs, RetrievalInputs, WriteInputs
+if TYPE_CHECKING:
+    from .layer import Layer
+
+from .inputs import FusionInputs, LayerInputs, RetrievalInputs, WriteInputs
 from .shapes import Shape
 
-OPS = ("chunk_topk", "memory_attention", "memory_attention_backward", "ring_write")
-"""Questions that can be measured. "memory_attention_backward" is forward and backward together."""
+KERNEL_OPS = ("chunk_topk", "memory_attention", "memory_attention_backward", "ring_write", "memory_layer")
+MODEL_OPS = ("generate", "train_step")
+OPS = (*KERNEL_OPS, *MODEL_OPS)
+"""Questions that can be measured. "memory_attention_backward" is forward and backward together, "memory_layer" a
+search, a read and a write, "generate" greedy generation and "train_step" a step of training with a LongMem model."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +34,18 @@ class Prepared:
     Attributes:
         run: what is timed. On CUDA it may return before the device is done; the timer synchronises.
         collect: turns what `run` returned into the tensors that the gate compares; not timed.
+        repeat: operations that one `run` does; times are divided by it.
+        note: what a reader of the number must know.
+        graphable: every run launches the same kernels on the same memory (if the provider can be captured at all).
+        layer: of "memory_layer", what the profiler looks into.
     """
 
     run: Callable[[], Any]
     collect: Callable[[Any], tuple[Tensor, ...]] = lambda result: tuple(result)
+    repeat: int = 1
+    note: str | None = None
+    graphable: bool = True
+    layer: Layer | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +56,12 @@ class Provider:
         name: what the row is called.
         prepare: from the op's inputs to a callable; index building and copies belong here, outside the timer.
         unavailable: from shape and device to the reason why it cannot run there, or None.
-        computes: "op", or the part of it that a lower bound computes: "local" (attention without memory), "copy".
+        computes: "op", or what is computed instead, a lower bound of it or a near relation: "local" (attention without
+            memory), "copy", "distance" (nearest by squared distance), "backbone" (no memory).
         ours: an implementation of longmem_kernels.
         own_memory: allocates device memory that PyTorch does not see, so its peak on CUDA is not measured.
+        compiles: takes tens of seconds to start, so sweeps leave it out unless it is asked for by name.
+        graphable: its launches can be captured in a CUDA graph.
     """
 
     name: str
@@ -52,15 +70,32 @@ class Provider:
     computes: str = "op"
     ours: bool = False
     own_memory: bool = False
+    compiles: bool = False
+    graphable: bool = False
 
 
 def providers(op: str) -> list[Provider]:
-    """All providers of `op`, ours first, those that cannot run here included."""
+    """All providers of `op`, ours first, those that cannot run here included.
+
+    Raises:
+        ValueError: there is no such op.
+    """
     from . import baselines
 
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-    return [_ours(op, impl) for impl in PREFERENCE[_kernel(op)]] + baselines.of(op)
+    if op in MODEL_OPS:
+        from . import models  # needs transformers
+
+        return models.providers(op)
+    own = ("auto",) if op == "memory_layer" else implementations(_kernel(op))
+    return [_ours(op, impl) for impl in own] + baselines.of(op)
+
+
+def matches(provider: Provider, word: str) -> bool:
+    """Whether the provider's name holds `word`, or matches it as a pattern with `*`; case does not matter."""
+    pattern = word.lower() if "*" in word else f"*{word.lower()}*"
+    return fnmatch.fnmatchcase(provider.name.lower(), pattern)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -88,24 +123,45 @@ def _kernel(op: str) -> str:
     return op.removesuffix("_backward")
 
 
+_REFERENCE_SCORES = 2**26  # what the specification of chunk_topk sorts in some seconds
+
+
 def _ours(op: str, impl: str) -> Provider:
     def unavailable(shape: Shape, device: torch.device) -> str | None:
+        if op == "memory_layer":
+            return None
         if impl == "triton" and device.type == "cpu":
             return "Triton on CPU tensors is an interpreter, a debugger: needs a CUDA device"
-        reason = why_unavailable(_kernel(op), impl, device.type) or why_unsupported(impl, (shape.dtype,), shape.D)
-        if reason is None and impl == "reference" and op == "chunk_topk":
+        reason = why_not(_kernel(op), impl, device.type, shape.dtype, shape.D)
+        if reason is not None or impl != "reference":
+            return reason
+        if op == "chunk_topk":
+            scores = shape.B * shape.H * shape.T * shape.M
+            if device.type == "cpu" and scores > _REFERENCE_SCORES:
+                return f"a specification: sorts {scores:.2g} scores, for minutes"
             # Scores, a masked copy, and two stable sorts with 64-bit indices.
-            return too_large(40 * shape.B * shape.H * shape.T * shape.M, device)
-        return reason
+            return too_large(40 * scores, device)
+        return too_large(eager_bytes(shape), device) if op.startswith("memory_attention") else None
 
     def prepare(inputs: Any) -> Prepared:
         if isinstance(inputs, RetrievalInputs):
             return _prepare_topk(inputs, impl)
         if isinstance(inputs, WriteInputs):
             return _prepare_write(inputs, impl)
+        if isinstance(inputs, LayerInputs):
+            return _prepare_layer(inputs, impl)
         return _prepare_attention(inputs, impl, backward=op.endswith("_backward"))
 
-    return Provider(f"longmem {impl}", prepare, unavailable, ours=True)
+    name = "longmem" if impl == "auto" else f"longmem {impl}"
+    graphable = impl in ("auto", "cuda", "triton") and not op.endswith("_backward")
+    return Provider(name, prepare, unavailable, ours=True, graphable=graphable)
+
+
+def eager_bytes(shape: Shape) -> int:
+    """What a composition that gathers chunks and writes out scores needs at most, roughly."""
+    gathered = shape.B * shape.H * shape.T * shape.K * shape.C * shape.D * shape.dtype.itemsize
+    scores = shape.B * shape.H * shape.T * shape.keys * 4
+    return 4 * gathered + 4 * scores
 
 
 def _prepare_topk(inputs: RetrievalInputs, impl: str) -> Prepared:
@@ -155,3 +211,10 @@ def contents(ring: Ring) -> tuple[Tensor, ...]:
 def _prepare_write(inputs: WriteInputs, impl: str) -> Prepared:
     ring = copy_of(inputs.ring)
     return Prepared(lambda: ring_write(ring, inputs.key, inputs.value, impl=impl), lambda _: contents(ring))
+
+
+def _prepare_layer(inputs: LayerInputs, impl: str) -> Prepared:
+    from .layer import LongMemLayer
+
+    layer = LongMemLayer(inputs, impl)
+    return Prepared(layer.step, layer.collect, layer=layer)

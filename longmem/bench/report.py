@@ -1,31 +1,42 @@
-"""Rows as a table to read and as a picture."""
+"""Rows as tables to read: one per shape, and one per sweep with a column for every size."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
-from pathlib import Path
+import math
+from collections.abc import Callable, Sequence
 
 from .measure import Row
 
-_HEADER = ("provider", "median ms", "p20 - p80", "peak MB", "cores", "time / ours")
+_LEGEND = (
+    "x best: time of the fastest baseline over this one, above 1 is faster than it (x bound: of the fastest bound);\n"
+    "*: a bound, it computes less or something near;\n"
+    "ceiling: the time that the work takes at the machine's own copy bandwidth or matrix rate, over the time taken\n"
+    "(copies are of main memory: data in a cache can exceed 100 %);\n"
+    "cores: what the process got while it was timed"
+)
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """Rows that can be compared with each other: by operation, shape, dtype, device, threads and commit."""
+    """Rows that can be compared with each other: by operation, shape, dtype, device, threads, commit and sweep."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        key = (row.op, row.shape, row.dtype, row.device_name, str(row.threads), row.commit)
+        key = (row.op, row.shape, row.dtype, row.device_name, str(row.threads), row.commit, row.sweep or "")
         groups.setdefault(key, []).append(row)
     return groups
 
 
-def table(rows: Sequence[Row]) -> str:
-    """One table per group. The last column is time relative to our fastest implementation: above 1 is slower than ours.
+def sweeps(rows: Sequence[Row]) -> dict[tuple[str, str], list[list[Row]]]:
+    """By operation and sweep, the groups of its points in the order they were measured."""
+    found: dict[tuple[str, str], list[list[Row]]] = {}
+    for group in grouped([row for row in rows if row.sweep]).values():
+        found.setdefault((group[0].op, group[0].sweep or ""), []).append(group)
+    return found
 
-    `*` marks a lower bound, which does less than the operation; `cores` is what the process got while it was timed.
-    """
-    return "\n\n".join(_one_table(group) for group in grouped(rows).values())
+
+def table(rows: Sequence[Row]) -> str:
+    """Every measurement as text, what could not run with its reason."""
+    single = [_one_table(group) for group in grouped([row for row in rows if not row.sweep]).values()]
+    return "\n\n".join([*single, *(_sweep_table(points) for points in sweeps(rows).values()), _LEGEND])
 
 
 def title(row: Row) -> str:
@@ -34,94 +45,171 @@ def title(row: Row) -> str:
     return f"{row.op} [{row.shape} {row.dtype}] on {processor}, commit {row.commit}"
 
 
-def _one_table(rows: list[Row]) -> str:
-    best = _best_of_ours(rows)
-    lines: list[tuple[str, ...]] = [_HEADER]
-    notes = {}
-    for number, row in enumerate(rows, start=1):
-        if row.median_ms is None:
-            notes[number] = row.reason or "not measured"
-            lines.append((_name(row), "-", "", "", "", ""))
-            continue
-        spread = f"{row.p20_ms:.3g} - {row.p80_ms:.3g}"
-        peak = "not measured" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
-        cores = "" if row.cores is None else f"{row.cores:.1f}"
-        ratio = "" if best is None else f"{row.median_ms / best:.2f}"
-        lines.append((_name(row), f"{row.median_ms:.3f}", spread, peak, cores, ratio))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
-    text = [title(rows[0])]
-    for number, line in enumerate(lines):
-        numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        cells = [line[0].ljust(widths[0]), *numbers]
-        if number in notes:
-            cells = [line[0].ljust(widths[0]), f"  cannot run: {notes[number]}"]
-        text.append("  ".join(cells).rstrip())
-        if number == 0:
-            text.append("  ".join("-" * width for width in widths))
-    return "\n".join(text)
+def best_baseline(rows: Sequence[Row]) -> float | None:
+    """Milliseconds of the fastest that does the whole operation and is not ours."""
+    times = [row.median_ms for row in rows if not row.ours and not row.bound and row.median_ms is not None]
+    return min(times, default=None)
 
 
-def _best_of_ours(rows: Sequence[Row]) -> float | None:
+def yardstick(rows: Sequence[Row]) -> tuple[float | None, str]:
+    """The time that ratios refer to, and the column's name: the best baseline's or, without one, the best bound's."""
+    best = best_baseline(rows)
+    if best is not None:
+        return best, "x best"
+    bounds = [row.median_ms for row in rows if row.bound and not row.ours and row.median_ms is not None]
+    return min(bounds, default=None), "x bound"
+
+
+def best_of_ours(rows: Sequence[Row]) -> float | None:
     return min((row.median_ms for row in rows if row.ours and row.median_ms is not None), default=None)
 
 
-def _name(row: Row) -> str:
+def name_of(row: Row) -> str:
     return row.provider + (" *" if row.bound else "")
 
 
-def plot(rows: Sequence[Row], path: str | Path) -> Path:
-    """Draw one panel of bars per group into a PNG and return its path. Needs matplotlib.
-
-    Raises:
-        ValueError: no row has a time.
-    """
-    groups = [group for group in grouped(rows).values() if any(row.median_ms is not None for row in group)]
-    if not groups:
-        raise ValueError("plot: no row has a time")
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    heights = [0.42 * len(group) + 1.35 for group in groups]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for panel, group in zip(axes, groups, strict=True):
-        _draw(panel, group)
-    path = Path(path)
-    figure.savefig(path, dpi=150)
-    return path
+def significant(value: float, digits: int = 3) -> str:
+    """1234.5 -> "1230", 0.01234 -> "0.0123": no exponents."""
+    if value == 0:
+        return "0"
+    before = math.floor(math.log10(abs(value))) + 1
+    return f"{round(value, digits - before):,.{max(0, digits - before)}f}"
 
 
-def _scale(rows: Sequence[Row]) -> float:
-    """Milliseconds that the axis must show. The reference, an oracle, is cut off where it would dwarf the others."""
-    slowest = max(row.p80_ms or 0.0 for row in rows)
-    others = max((row.p80_ms or 0.0 for row in rows if row.provider != "longmem reference"), default=0.0)
-    return others if 0 < 4 * others < slowest else slowest
+def quantity(amount: float, unit: str) -> str:
+    """1234567, "B" -> "1.23 MB"."""
+    for prefix in ("", "k", "M", "G"):
+        if amount < 999.5:
+            return f"{amount:.3g} {prefix}{unit}"
+        amount /= 1000
+    return f"{amount:.3g} T{unit}"
 
 
-def _draw(panel, rows: list[Row]) -> None:  # type: ignore[no-untyped-def]  # matplotlib's Axes, imported lazily
-    slowest = _scale(rows)
-    limit = slowest * 1.25
-    best = _best_of_ours(rows)
-    for position, row in enumerate(rows):
-        if row.median_ms is None or row.p20_ms is None or row.p80_ms is None:
-            reason = textwrap.shorten(f"cannot run: {row.reason}", 78, placeholder=" ...")
-            panel.text(limit * 0.01, position, reason, va="center", fontsize=8, color="0.4", style="italic")
-            continue
-        color = "#0b6e4f" if row.ours else "#c9ced6" if row.bound else "#5b7db1"
-        spread = [[row.median_ms - row.p20_ms], [row.p80_ms - row.median_ms]]
-        panel.barh(position, row.median_ms, color=color, xerr=spread, error_kw={"lw": 1, "capsize": 2}, height=0.7)
-        label = f" {row.median_ms:.4g} ms"
-        if best is not None and row.median_ms != best:
-            label += f" ({row.median_ms / best:.2f}x)"
-        if row.p80_ms > slowest:
-            label = f"{label}, cut off "
-            panel.text(limit, position, label, va="center", ha="right", fontsize=8, color="white", weight="bold")
-        else:
-            panel.text(row.p80_ms, position, label, va="center", fontsize=8)
-    panel.set_yticks(range(len(rows)), [_name(row) for row in rows], fontsize=8)
-    panel.set_ylim(len(rows) - 0.4, -0.6)
-    panel.set_xlim(0, limit)
-    legend = "milliseconds, median; whiskers p20 - p80;  x: time / our fastest;  * does less than the op"
-    panel.set_xlabel(legend, fontsize=7)
-    panel.tick_params(axis="x", labelsize=7)
-    panel.set_title("\n".join(textwrap.wrap(title(rows[0]), 105)), fontsize=8, loc="left")
-    panel.spines[["top", "right"]].set_visible(False)
+def _milliseconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _columns(best: float | None, ratio_name: str) -> dict[str, Callable[[Row], str]]:
+    def spread(row: Row) -> str:
+        return f"{_milliseconds(row.p20_ms)} - {_milliseconds(row.p80_ms)}"
+
+    def peak(row: Row) -> str:
+        return "not measured" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
+
+    def rate(row: Row) -> str:
+        return (
+            ""
+            if row.tokens is None or not row.median_ms
+            else quantity(row.tokens / row.median_ms * 1e3, "").replace(" ", "")
+        )
+
+    def ceiling(row: Row) -> str:
+        # A bound does other work than the operation's.
+        if row.floor_ms is None or row.bound or not row.median_ms:
+            return ""
+        return f"{row.floor_ms / row.median_ms:.0%}"
+
+    def ratio(row: Row) -> str:
+        return "" if best is None or not row.median_ms else f"{best / row.median_ms:.2f}"
+
+    return {
+        "median ms": lambda row: _milliseconds(row.median_ms),
+        "p20 - p80": spread,
+        "p95": lambda row: _milliseconds(row.p95_ms),
+        "p99": lambda row: _milliseconds(row.p99_ms),
+        "warm L2": lambda row: _milliseconds(row.warm_ms),
+        "graph": lambda row: _milliseconds(row.graph_ms),
+        "tokens/s": rate,
+        "peak MB": peak,
+        "cores": lambda row: "" if row.cores is None else f"{row.cores:.1f}",
+        "ceiling": ceiling,
+        ratio_name: ratio,
+    }
+
+
+def _one_table(rows: list[Row]) -> str:
+    columns = _columns(*yardstick(rows))
+    timed = [row for row in rows if row.median_ms is not None]
+    cells = {header: [cell(row) for row in timed] for header, cell in columns.items()}
+    latency = any(part in rows[0].shape.split() for part in ("T=1",))
+    shown = {
+        header: values
+        for header, values in cells.items()
+        if any(values) and (latency or header not in ("p95", "p99"))
+    }  # fmt: skip
+    lines = [["provider", *shown]]
+    lines += [[name_of(row), *(values[number] for values in shown.values())] for number, row in enumerate(timed)]
+    text = [title(rows[0]), *_least(timed), *aligned(lines)]
+    text += [f"{name_of(row)}: {row.note}" for row in timed if row.note]
+    text += [f"{name_of(row)}: {_why(row)}" for row in rows if row.median_ms is None]
+    return "\n".join(text)
+
+
+def _why(row: Row) -> str:
+    return row.reason if row.wrong and row.reason else f"cannot run: {row.reason or 'not measured'}"
+
+
+def _least(timed: list[Row]) -> list[str]:
+    row = next((row for row in timed if row.floor_ms is not None), None)
+    if row is None or row.bytes is None or row.flops is None:
+        return []
+    amounts = f"{quantity(row.bytes, 'B')}, {quantity(row.flops, 'FLOP')}"
+    return [f"at least {amounts}: {_milliseconds(row.floor_ms)} ms at the machine's {row.floor} ceiling"]
+
+
+def aligned(lines: list[list[str]]) -> list[str]:
+    """Columns under each other, the first to the left, a rule under the header."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = []
+    for line in lines:
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        text.append("  ".join(cells).rstrip())
+    return [text[0], "  ".join("-" * width for width in widths), *text[1:]]
+
+
+def size_of(row: Row, sweep: str) -> int:
+    """The size that the sweep varies, from the row's shape."""
+    symbol = sweep.split()[0]
+    sizes = dict(part.split("=") for part in row.shape.split())
+    # R is named only where rows share a ring.
+    return int(sizes[symbol]) if symbol in sizes else int(sizes["B"])
+
+
+def common_shape(points: Sequence[Sequence[Row]], sweep: str) -> str:
+    """What the shapes of a sweep have in common, the swept size as "M=..."."""
+    symbol = sweep.split()[0]
+    shapes = [point[0].shape.split() for point in points]
+    parts = [part for part in shapes[0] if all(part in other for other in shapes)]
+    return " ".join([*parts, f"{symbol}=..."])
+
+
+def _sweep_table(points: list[list[Row]]) -> str:
+    """Milliseconds of every provider at every size, and how many times faster ours is than the fastest baseline."""
+    first = points[0][0]
+    sweep = first.sweep or ""
+    symbol = sweep.split()[0]
+    processor = title(first).split("] on ", 1)[1]
+    names = list(dict.fromkeys(name_of(row) for point in points for row in point))
+    lines = [["ms", *(f"{symbol}={size_of(point[0], sweep):,}" for point in points)]]
+    reasons: dict[str, str] = {}
+    for name in names:
+        cells = []
+        for point in points:
+            row = next((row for row in point if name_of(row) == name), None)
+            cells.append("-" if row is None or row.median_ms is None else _milliseconds(row.median_ms))
+            if row is not None and row.median_ms is None:
+                reasons.setdefault(name, _why(row))
+        if any(cell != "-" for cell in cells):
+            lines.append([name, *cells])
+    ratios = []
+    for point in points:
+        ours, best = best_of_ours(point), best_baseline(point)
+        ratios.append("-" if ours is None or best is None else f"{best / ours:.2f}")
+    lines.append(["ours x best", *ratios])
+    text = [f"{first.op}, {sweep} [{common_shape(points, sweep)} {first.dtype}] on {processor}", *aligned(lines)]
+    return "\n".join([*text, *(f"{name}: {reason}" for name, reason in reasons.items())])

@@ -1,0 +1,202 @@
+"""`longmem bench` and `longmem profile`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from tqdm import tqdm
+
+from ..console import choose_device
+from . import compare as comparing
+from . import suite
+from .ceilings import ceilings
+from .measure import Row
+from .plots import plot, plot_sweeps
+from .report import quantity, table
+from .results import Result
+from .shapes import MODELS, Shape
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+bench_app = typer.Typer(
+    no_args_is_help=True, help="Time our kernels beside FAISS, PyTorch and others, each behind a correctness check."
+)
+profile_app = typer.Typer(no_args_is_help=True, help="Where the time goes.")
+
+Sweep = Annotated[str | None, typer.Option(help="M=4096,16384 (any size), the name of a kept sweep (M), or all.")]
+Providers = Annotated[str | None, typer.Option(help="Parts of names, by commas: longmem,faiss. Default: all.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Sizes = Annotated[str | None, typer.Option("--shape", help="Other sizes than the base shape's: B=1,T=256.")]
+Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: the base shape's.")]
+Scale = Annotated[str, typer.Option(help="paper, small, or auto: paper on a GPU.")]
+Seconds = Annotated[float, typer.Option(help="Timed per row, about.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")]
+Plots = Annotated[Path | None, typer.Option("--plots", help="Write PNGs to this folder.")]
+Model = Annotated[str | None, typer.Option(help=f"Backbone of generate and train: {', '.join(MODELS)}.")]
+Keep = Annotated[bool, typer.Option("--keep", help="Keep the rows under benchmarks/results/.")]
+Minutes = Annotated[float | None, typer.Option(help="Begin nothing new after this time.")]
+
+
+def _paper(scale: str, device: torch.device) -> bool:
+    if scale not in ("paper", "small", "auto"):
+        raise ValueError(f"scale must be paper, small or auto, got {scale!r}")
+    return scale == "paper" or (scale == "auto" and device.type == "cuda")
+
+
+def _adjustment(sizes: str | None, dtype: str | None, model: str | None = None) -> Callable[[Shape], Shape]:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if model is not None and model not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
+    return suite.adjustment(suite.parse_sizes(sizes) if sizes else {}, DTYPES[dtype] if dtype else None, model)
+
+
+def _answer(
+    todo: Sequence[suite.Point],
+    providers: str | None,
+    device: torch.device,
+    *,
+    seconds: float,
+    minutes: float | None = None,
+    json: Path | None,
+    plots: Path | None,
+    keep: bool,
+) -> None:
+    """Run, print, save, draw. Exit status 1 when something of ours was wrong."""
+    wanted = [word.strip() for word in providers.split(",")] if providers else []
+    work = suite.tasks(todo, wanted)
+    _announce(device)
+    rows: list[Row] = []
+    with tqdm(total=len(work), desc="bench", unit="row") as bar:
+        for task, row in suite.run(work, device, seconds=seconds, minutes=minutes):
+            rows.append(row)
+            bar.set_postfix_str(f"{task.point.op}: {task.provider.name}"[:60], refresh=False)
+            bar.update()
+    typer.echo(table(rows))
+    result = Result.now(rows, device)
+    if json is not None:
+        typer.echo(f"wrote {result.save(json)}", err=True)
+    if keep:
+        typer.echo(f"wrote {result.keep()}", err=True)
+    if plots is not None:
+        for path in draw(rows, plots):
+            typer.echo(f"wrote {path}", err=True)
+    wrong = [row for row in rows if row.wrong and row.ours]
+    for row in wrong:
+        typer.secho(f"WRONG: {row.provider}, {row.op} [{row.shape} {row.dtype}]: {row.reason}", fg="red", err=True)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _announce(device: torch.device) -> None:
+    """The machine's ceilings, which every row is held against."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found = ceilings(str(device), dtype, torch.get_num_threads())
+        name = str(dtype).removeprefix("torch.")
+        copy, matmul = quantity(found.copy, "B/s"), quantity(found.matmul, "FLOP/s")
+        typer.echo(f"{device}: copies {copy}, multiplies {name} matrices at {matmul}", err=True)
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """A PNG of bars per operation, and one of lines for its sweeps."""
+    written = []
+    for op in dict.fromkeys(row.op for row in rows):
+        mine = [row for row in rows if row.op == op]
+        for kind, draws, chosen in (
+            ("bars", plot, [row for row in mine if not row.sweep]),
+            ("sweeps", plot_sweeps, [row for row in mine if row.sweep]),
+        ):
+            if any(row.median_ms is not None for row in chosen):
+                written.append(draws(chosen, folder / f"{op}-{kind}.png"))
+    return written
+
+
+def _question(name: str) -> Callable[..., None]:
+    def command(
+        sweep: Sweep = None,
+        providers: Providers = None,
+        device: Device = "auto",
+        shape: Sizes = None,
+        dtype: Dtype = None,
+        scale: Scale = "auto",
+        seconds: Seconds = 1.0,
+        json: Json = None,
+        plots: Plots = None,
+        keep: Keep = False,
+        model: Model = None,
+    ) -> None:
+        target = choose_device(device)
+        adjust = _adjustment(shape, dtype, model)
+        todo = suite.points(name, sweep, paper=_paper(scale, target), adjust=adjust)
+        _answer(todo, providers, target, seconds=seconds, json=json, plots=plots, keep=keep)
+
+    return command
+
+
+for _name, _about in {
+    "fusion": "Local and memory attention, forward and with backward, training and decoding.",
+    "retrieval": "Exact search of the best chunks: throughput, and latency of single queries.",
+    "write": "Appending a segment, or a token, to the memory.",
+    "layer": "A whole memory layer: search, attention and write.",
+    "generate": "Generating text with a memory, per token.",
+    "train": "A training step of a LongMem model.",
+}.items():
+    bench_app.command(_name, help=_about)(_question(_name))
+
+
+@bench_app.command("all")
+def everything(
+    providers: Providers = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    scale: Scale = "auto",
+    seconds: Seconds = 0.5,
+    json: Json = None,
+    plots: Plots = None,
+    keep: Keep = False,
+    minutes: Minutes = None,
+) -> None:
+    """Every question at its base shapes, then every sweep."""
+    target = choose_device(device)
+    todo = suite.everything(paper=_paper(scale, target), adjust=_adjustment(None, dtype))
+    _answer(todo, providers, target, seconds=seconds, minutes=minutes, json=json, plots=plots, keep=keep)
+
+
+@bench_app.command("compare")
+def compare(
+    before: Annotated[Path, typer.Argument(help="A result: from --json, or kept.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """What got slower or faster beyond noise. Exit status 1 when something got slower."""
+    old, new = Result.load(before), Result.load(after)
+    typer.echo(comparing.comparison(old, new))
+    if any(change.verdict == "slower" for change in comparing.compare(old, new)):
+        raise typer.Exit(1)
+
+
+@profile_app.command("retrieval")
+def profile_retrieval(
+    device: Device = "auto",
+    shape: Sizes = None,
+    dtype: Dtype = None,
+    scale: Scale = "auto",
+    steps: Annotated[int, typer.Option(help="Steps of each layer to average.")] = 10,
+    out: Annotated[Path, typer.Option(help="Folder for one Chrome trace per layer.")] = Path("out/profile"),
+) -> None:
+    """Where the time of a memory layer goes: score, select, gather, fuse, write; ours, eager PyTorch's and FAISS's."""
+    from .profile import profile_layers
+
+    target = choose_device(device)
+    [base, *_] = suite.points(
+        "layer", None, paper=_paper(scale, target), adjust=_adjustment(shape, dtype)
+    )  # fmt: skip
+    typer.echo(profile_layers(base.shape, target, steps=steps, out=out))
+
+
+@profile_app.callback()
+def _profile() -> None:
+    """A group, though of one command so far."""

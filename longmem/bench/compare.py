@@ -1,0 +1,92 @@
+"""What changed between two results, beyond noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .measure import Row
+from .results import Result
+
+FLOOR = 0.05
+RULE = (
+    "A time has changed when the p20 - p80 ranges of the two runs do not overlap and the medians differ by more than"
+    f" {FLOOR:.0%}.\nThe ranges hold what varies within a run; clock speed, placement of memory and heat vary between"
+    f" runs, by up to {FLOOR:.0%}\nwhere nothing changed. Rows that got different shares of the processor (cores, by"
+    " more than a tenth) are not judged."
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    before: Row
+    after: Row
+
+    @property
+    def factor(self) -> float:
+        """Time after over time before."""
+        return (self.after.median_ms or 0.0) / (self.before.median_ms or 1.0)
+
+    @property
+    def verdict(self) -> str:
+        """ "faster", "slower", "same", or "not judged": see `RULE`."""
+        shares = self.before.cores, self.after.cores
+        if None not in shares and not self.before.device.startswith("cuda"):
+            low, high = sorted(share or 0.0 for share in shares)
+            if high - low > 0.1 * high:
+                return "not judged"
+        if abs(self.factor - 1) <= FLOOR:
+            return "same"
+        if (self.after.p80_ms or 0.0) < (self.before.p20_ms or 0.0):
+            return "faster"
+        if (self.after.p20_ms or 0.0) > (self.before.p80_ms or 0.0):
+            return "slower"
+        return "same"
+
+
+def compare(before: Result, after: Result) -> list[Change]:
+    """Rows timed in both, matched by operation, provider, shape, dtype, device and threads.
+
+    Raises:
+        ValueError: the results have no row in common.
+    """
+    earlier = {_key(row): row for row in before.rows if row.median_ms is not None}
+    changes = [
+        Change(earlier[_key(row)], row) for row in after.rows if row.median_ms is not None and _key(row) in earlier
+    ]
+    if not changes:
+        raise ValueError(
+            "compare: the two results have no timed row in common (operation, provider, shape, dtype, device, threads)"
+        )
+    return changes
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row.op, row.provider, row.shape, row.dtype, row.device_name, str(row.threads), row.sweep or ""
+
+
+def comparison(before: Result, after: Result) -> str:
+    """The changes as text: slower first, then faster, then what was not judged; what stayed is counted."""
+    changes = compare(before, after)
+    return "\n".join([*_lines(before, after, changes), "", RULE])
+
+
+def _lines(before: Result, after: Result, changes: list[Change]) -> Iterator[str]:
+    yield f"before: {before.headline()}"
+    yield f"after:  {after.headline()}"
+    for verdict in ("slower", "faster", "not judged"):
+        chosen = [change for change in changes if change.verdict == verdict]
+        chosen.sort(key=lambda change: -abs(change.factor - 1))
+        yield f"\n{verdict}: {len(chosen)} of {len(changes)}"
+        for change in chosen:
+            old, new = change.before, change.after
+            yield (
+                f"  {change.factor:5.2f}x  {old.median_ms:.4g} -> {new.median_ms:.4g} ms  {new.provider},"
+                f" {new.op} [{new.shape} {new.dtype}]"
+            )
+    yield f"\nsame within noise: {sum(change.verdict == 'same' for change in changes)} of {len(changes)}"
+    missing = {_key(row) for row in before.rows if row.median_ms} - {_key(row) for row in after.rows if row.median_ms}
+    if missing:
+        yield f"timed before and not after: {len(missing)}, " + "; ".join(
+            sorted(f"{key[1]} {key[0]}" for key in missing)[:5]
+        )

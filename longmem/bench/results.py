@@ -1,0 +1,96 @@
+"""A run's rows with what they depended on, kept as benchmarks/results/<device>/<date>-<commit>.json."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import environment
+from .measure import Row
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+_FIELDS = {field.name for field in fields(Row)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: machine and versions, date, and the rows, those that could not be timed included."""
+
+    machine: dict[str, str]
+    date: str
+    rows: list[Row]
+
+    @classmethod
+    def now(cls, rows: Sequence[Row], device: torch.device | str) -> Result:
+        """Rows measured just now, in this process."""
+        return cls(environment.describe(torch.device(device)), datetime.date.today().isoformat(), list(rows))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """Read what `save` or `keep` wrote, or `pytest benchmarks/ --benchmark-json`.
+
+        Raises:
+            ValueError: there is no such file, or it is none of these.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise ValueError(f"{path} does not exist: nothing was timed, or the benchmarks did not run")
+        try:
+            content = json.loads(path.read_text())
+            if "rows" in content:
+                return cls(content["machine"], content["date"], [_row(row) for row in content["rows"]])
+            rows = [_row(benchmark["extra_info"]) for benchmark in content["benchmarks"]]
+            rows += [_row(row) for row in content["not_timed"]]
+            return cls(content["machine_info"]["longmem"], content["datetime"][:10], rows)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} holds no benchmark result: wanted what `longmem bench --json` or `pytest benchmarks/"
+                f" --benchmark-json` writes ({type(error).__name__}: {error})"
+            ) from None
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(row.device.startswith("cuda") for row in self.rows)
+
+    def save(self, path: str | Path) -> Path:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"machine": self.machine, "date": self.date, "rows": [_compact(row) for row in self.rows]}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        return path
+
+    def keep(self, folder: Path = RESULTS) -> Path:
+        """Save under the device's and the commit's name."""
+        device = (
+            self.machine["device"] if self.on_gpu else f"{self.machine['device']} {self.machine['threads']} threads"
+        )
+        name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        return self.save(folder / name / f"{self.date}-{self.machine['commit']}.json")
+
+    def headline(self) -> str:
+        return " | ".join(f"{name} {value}" for name, value in self.machine.items()) + f" | {self.date}"
+
+
+def _row(values: dict[str, Any]) -> Row:
+    unknown = set(values) - _FIELDS
+    if unknown:
+        raise KeyError(f"unknown fields {', '.join(sorted(unknown))}")
+    return Row(**values)
+
+
+def _compact(row: Row) -> dict[str, Any]:
+    """What is absent or false is left out: it is the default."""
+    return {name: value for name, value in row.as_dict().items() if value is not None and value is not False}
+
+
+def newest(on_gpu: bool, folder: Path = RESULTS) -> Path | None:
+    """The latest kept result of a CPU or a GPU; by date, then by time of the file."""
+    found = [path for path in folder.glob("*/*.json") if Result.load(path).on_gpu == on_gpu]
+    return max(found, key=lambda path: (path.name[:10], path.stat().st_mtime), default=None)

@@ -1,0 +1,161 @@
+"""Which measurements answer a question, and running them one after another."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .measure import Case, Row, Unavailable
+from .providers import Provider, matches, providers
+from .shapes import Shape, change, default_sweeps, shapes_for, vary
+
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "fusion": ("memory_attention", "memory_attention_backward"),
+    "retrieval": ("chunk_topk",),
+    "write": ("ring_write",),
+    "layer": ("memory_layer",),
+    "generate": ("generate",),
+    "train": ("train_step",),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One operation on one shape, alone or as a point of a sweep."""
+
+    op: str
+    shape: Shape
+    sweep: str | None = None
+
+
+def points(question: str, sweep: str | None, *, paper: bool, adjust: Callable[[Shape], Shape]) -> list[Point]:
+    """What to measure for `question`.
+
+    Args:
+        sweep: None for the base shapes; "M=4096,16384" for these sizes; "M" for the sizes that are kept for it; "all"
+            for every sweep that is kept.
+        paper: start from the paper's shapes.
+        adjust: applied to every shape.
+
+    Raises:
+        ValueError: a sweep that is not known, or impossible sizes.
+    """
+    found = []
+    for op in QUESTIONS[question]:
+        if sweep is None:
+            found += [Point(op, adjust(shape)) for shape in shapes_for(op, paper=paper)]
+        elif "=" in sweep:
+            name, _, values = sweep.partition("=")
+            try:
+                sizes = [int(value) for value in values.split(",")]
+            except ValueError:
+                raise ValueError(f"sweep: wanted NAME=SIZE,SIZE,..., got {sweep!r}") from None
+            shape = adjust(shapes_for(op, paper=paper)[0])
+            found += [Point(op, each, name) for each in vary(shape, **{name: sizes})]
+        else:
+            kept = default_sweeps(op, paper=paper)
+            chosen = [name for name in kept if sweep in ("all", name, name.split()[0])]
+            found += [Point(op, adjust(shape), name) for name in chosen for shape in kept[name]]
+            if not chosen and sweep != "all" and op == QUESTIONS[question][0]:
+                raise ValueError(
+                    f"sweep: {question} has {', '.join(kept) or 'no sweeps'}; or name sizes: {sweep}=1,2,4"
+                )
+    return found
+
+
+def everything(*, paper: bool, adjust: Callable[[Shape], Shape]) -> list[Point]:
+    """Every question's base shapes first, then every sweep: a time limit cuts the latter."""
+    base = [point for name in QUESTIONS for point in points(name, None, paper=paper, adjust=adjust)]
+    swept = [point for name in QUESTIONS for point in points(name, "all", paper=paper, adjust=adjust)]
+    return base + swept
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """ "B=2,T=128" -> {"B": 2, "T": 128}. Raises ValueError for anything else."""
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {name.strip(): int(size) for name, size in pairs}
+    except ValueError:
+        raise ValueError(f"shape: wanted NAME=SIZE,NAME=SIZE,..., got {text!r}") from None
+
+
+def adjustment(sizes: dict[str, int], dtype: torch.dtype | None, model: str | None) -> Callable[[Shape], Shape]:
+    """A function that puts these sizes into a shape, where they belong to it."""
+
+    def adjust(shape: Shape) -> Shape:
+        if model is not None and shape.model:
+            # SmolLM2-135M has its own heads; a random model is as wide as the shape says.
+            heads: dict[str, Any] = {"H": 9, "G": 3, "D": 64} if model == "smollm2" else {}
+            shape = replace(shape, model=model, **heads)
+        if dtype is not None:
+            shape = replace(shape, dtype=dtype)
+        # A decoding shape stays one.
+        kept = {name: size for name, size in sizes.items() if not (name == "T" and shape.T == 1 and not shape.model)}
+        return change(shape, **kept) if kept else shape
+
+    return adjust
+
+
+@dataclass(frozen=True)
+class Task:
+    point: Point
+    provider: Provider
+    named: bool  # asked for by name
+
+
+def tasks(todo: Sequence[Point], wanted: Sequence[str]) -> list[Task]:
+    """Every provider of every point, or those that `matches` one of `wanted`.
+
+    Raises:
+        ValueError: one of `wanted` fits no provider.
+    """
+    found = [Task(point, provider, bool(wanted)) for point in todo for provider in providers(point.op)]
+    for word in wanted:
+        if not any(matches(task.provider, word) for task in found):
+            names = "; ".join(dict.fromkeys(task.provider.name for task in found))
+            raise ValueError(f"providers: wanted some of: {names}; got {word!r}")
+    return [task for task in found if not wanted or any(matches(task.provider, word) for word in wanted)]
+
+
+def run(
+    work: Sequence[Task], device: torch.device, *, seconds: float, minutes: float | None = None
+) -> Iterator[tuple[Task, Row]]:
+    """Measure every task, yielding its row as soon as it is there; a wrong result is a row that says so.
+
+    A shape that several sweeps share is measured once. What has not begun after `minutes` is not begun.
+    """
+    begin = time.monotonic()
+    case: Case | None = None
+    done: dict[tuple[str, Shape, str], Row] = {}
+    for task in work:
+        point, provider = task.point, task.provider
+        key = point.op, point.shape, provider.name
+        if key in done:
+            yield task, replace(done[key], sweep=point.sweep)
+            continue
+        if case is None or (case.op, case.shape) != (point.op, point.shape):
+            case = None  # frees the last one's inputs before the next are drawn
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            case = Case(point.op, point.shape, device, sweep=point.sweep)
+        if minutes is not None and time.monotonic() - begin > 60 * minutes:
+            row = case.refused(provider, Unavailable(f"not begun: the time limit of {minutes:g} minutes was reached"))
+        elif provider.compiles and point.sweep and not task.named:
+            why = "compiles for every size; left out of sweeps unless asked for with --providers"
+            row = case.refused(provider, Unavailable(why))
+        else:
+            row = done[key] = _measure(case, provider, seconds)
+        yield task, row
+
+
+def _measure(case: Case, provider: Provider, seconds: float) -> Row:
+    try:
+        return case.measure(provider, seconds=seconds)
+    except Exception as why:
+        return case.refused(provider, why)
