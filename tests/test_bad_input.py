@@ -250,7 +250,7 @@ def ids_with(value: int) -> Tensor:
         bad(
             "fewer keys than queries",
             ValueError,
-            ["S must be at least T", "S=2", "T=3"],
+            ["S must be 0 or at least T", "S=2", "T=3"],
             key=randn(B, G, 2, D),
             value=randn(B, G, 2, D),
         ),
