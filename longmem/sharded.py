@@ -250,10 +250,9 @@ def shard_of(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
 def best_of(ids: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of the candidates [..., n], in the order of `chunk_topk`: descending score, lower id first, NaN after
     numbers, missing (-1) last."""
-    nan = scores.isnan()
-    kind = torch.where(ids < 0, 2, nan.long())
+    kind = torch.where(ids < 0, 2, scores.isnan().long())
     order = ids.argsort(dim=-1, stable=True)
-    for worth, descending in ((scores.masked_fill(nan, -torch.inf), True), (kind, False)):
+    for worth, descending in ((scores, True), (kind, False)):
         order = order.gather(-1, worth.gather(-1, order).argsort(dim=-1, descending=descending, stable=True))
     order = order[..., :k]
     return ids.gather(-1, order), scores.gather(-1, order)
