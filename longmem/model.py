@@ -17,6 +17,7 @@ from .config import LongMemConfig
 from .data.stream import IGNORE
 from .files import load_tensors, save_tensors
 from .memory import MemoryBank
+from .sharded import ShardedMemoryBank
 from .sidenet import SideNet
 
 _KIND, _WEIGHTS = "longmem model", "longmem.safetensors"
@@ -120,10 +121,14 @@ class LongMem(nn.Module):
             return self.backbone.logits(hidden)
         return self.backbone.head(self.sidenet.norm(hidden))
 
-    def new_memory(self, rows: int, tokens: int | None = None, dtype: torch.dtype | None = None) -> MemoryBank:
-        """An empty memory for `rows` batch rows; `tokens` overrides `config.memory_tokens`, `dtype` the backbone's."""
+    def new_memory(
+        self, rows: int, tokens: int | None = None, dtype: torch.dtype | None = None, *, sharded: bool = False
+    ) -> MemoryBank:
+        """An empty memory for `rows` batch rows; `tokens` overrides `config.memory_tokens`, `dtype` the backbone's.
+        `sharded` over all processes of torch.distributed: see `ShardedMemoryBank`."""
         layer = self.backbone.layer(self.config.memory_layers[0])
-        return MemoryBank(
+        kind = ShardedMemoryBank if sharded else MemoryBank
+        return kind(
             rows=rows,
             layers=len(self.config.memory_layers),
             kv_heads=layer.kv_heads,

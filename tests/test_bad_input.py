@@ -277,7 +277,7 @@ def quantised(scale: object) -> Arguments:
         bad(
             "fewer keys than queries",
             ValueError,
-            ["S must be at least T", "S=2", "T=3"],
+            ["S must be 0 or at least T", "S=2", "T=3"],
             key=randn(B, G, 2, D),
             value=randn(B, G, 2, D),
         ),

@@ -58,7 +58,8 @@ def memory_attention(
 
     Args:
         query: [B, H, T, D] float32, bfloat16, float16 (float64 in the reference).
-        key, value: [B, G, S, D], S >= T and H % G == 0; the queries are the last T of the S positions.
+        key, value: [B, G, S, D], S >= T and H % G == 0; the queries are the last T of the S positions. S = 0 is memory
+            alone: no query sees a local key.
         memory_key, memory_value: [R, G, M, C, D], any strides with a contiguous last axis (`Ring.key`, `Ring.value`).
             Not differentiable: memory comes from a frozen encoder.
         chunk_ids: [B, H, T, K] int32, slots in [0, M), or -1 for none (`chunk_topk`). On CUDA, ids outside [-1, M) are
@@ -110,8 +111,8 @@ def memory_attention(
     if memory_query is None:
         memory_query = query
     sizes.bind("memory_query", memory_query, "B H T D")
-    if sizes["S"] < sizes["T"]:
-        raise ValueError(f"{op}: S must be at least T, got S={sizes['S']} keys for T={sizes['T']} queries")
+    if 0 < sizes["S"] < sizes["T"]:
+        raise ValueError(f"{op}: S must be 0 or at least T, got S={sizes['S']} keys for T={sizes['T']} queries")
     _check_vectors(op, sizes, gate=gate, alibi_slopes=alibi_slopes)
     if key_mask is not None:
         sizes.bind("key_mask", key_mask, "B S")
