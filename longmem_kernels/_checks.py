@@ -7,6 +7,7 @@ from torch import Tensor
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPUTE_DTYPES = (*STORAGE_DTYPES, torch.float64)
+QUANTISED_DTYPE = torch.float8_e4m3fn  # of memory whose chunks carry a scale
 
 _debug = False
 

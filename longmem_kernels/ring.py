@@ -39,6 +39,7 @@ class Ring:
     centroid: Tensor
     tail: Tensor
     cursor: Tensor
+    scale: Tensor | None = None
 
     @classmethod
     def new(

@@ -164,7 +164,8 @@ def op_arguments(inputs: Inputs) -> tuple[Any, ...]:
     leaves, options = inputs.leaves, inputs.options
     return (
         *(leaves[name] for name in ("query", "key", "value", "memory_query")), *inputs.memory, inputs.ids,
-        options["ring_index"], leaves.get("gate"), options.get("alibi_slopes"), options["fusion"], 0.2, True, None,
+        None, options["ring_index"], leaves.get("gate"), options.get("alibi_slopes"), None, None,
+        options["fusion"], 0.2, True, None, 0.0,
     )  # fmt: skip
 
 
@@ -224,7 +225,7 @@ class MemoryAttentionSuite:
         want = self.op()(*op_arguments(inputs))
         inputs.ids[:, :, 0] = torch.tensor([9, -7, 2**31 - 1], dtype=torch.int32, device=self.device)
         got = self.op()(*op_arguments(inputs))
-        backward = self.op("_backward")(inputs.grad, *op_arguments(inputs), *got[1:])
+        backward = self.op("_backward")(inputs.grad, None, None, *op_arguments(inputs), *got[1:])
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)
         assert all(gradient.isfinite().all() for gradient in backward)
@@ -269,7 +270,7 @@ class MemoryAttentionSuite:
         inputs = make(Case(T=3, S=5, fusion=fusion, slopes=True), self.device)
         arguments = op_arguments(inputs)
         saved = self.op()(*arguments)[1:]
-        torch.library.opcheck(self.op("_backward"), (inputs.grad, *arguments, *saved))
+        torch.library.opcheck(self.op("_backward"), (inputs.grad, None, None, *arguments, *saved))
         for leaf in inputs.leaves.values():
             leaf.requires_grad_()
         torch.library.opcheck(self.op(), op_arguments(inputs))

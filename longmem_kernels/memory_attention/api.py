@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._checks import (
     COMPUTE_DTYPES,
+    QUANTISED_DTYPE,
     Sizes,
     check_device,
     check_dtype,
@@ -16,7 +19,7 @@ from .._checks import (
     packed,
 )
 from .._dispatch import choose
-from .reference import memory_attention_reference
+from .reference import memory_attention_reference, memory_share
 
 FUSIONS = ("gated", "joint")
 
@@ -30,6 +33,7 @@ def memory_attention(
     chunk_ids: Tensor,
     *,
     memory_query: Tensor | None = None,
+    memory_scale: Tensor | None = None,
     ring_index: Tensor | None = None,
     gate: Tensor | None = None,
     fusion: str = "gated",
@@ -37,14 +41,20 @@ def memory_attention(
     alibi_slopes: Tensor | None = None,
     causal: bool = True,
     window: int | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
+    return_lse: bool = False,
+    return_memory_share: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Any:
     """Each query attends to its local keys and to the C tokens of each of its K chunks, read from the bank by id.
 
     "gated" (LongMem, section 2.3): two softmaxes, `out = (1 - g) * local + g * memory` with `g = sigmoid(gate[h])`; the
     official code's `memory_bias` is this `gate`. "joint": one softmax over local and memory scores. A query all of
     whose ids are -1 gets pure local attention, without the gate. Kernels never materialise the gathered chunks, and
-    their gradients are deterministic.
+    their gradients are deterministic. Under autocast, float32 queries, keys and values are cast as PyTorch casts those
+    of `scaled_dot_product_attention`; memory stays as it is stored.
 
     Args:
         query: [B, H, T, D] float32, bfloat16, float16 (float64 in the reference).
@@ -55,6 +65,8 @@ def memory_attention(
             treated as -1 unless `debug_checks(True)` makes them an error, as they always are on CPU.
         memory_query: [B, H, T, D], what meets the memory keys; default `query`. With rotary positions memory holds
             unrotated keys, and this is the unrotated query.
+        memory_scale: [R, G, M, 2] float32, with float8_e4m3fn memory alone: what the stored keys (0) and values (1) of
+            a chunk are multiplied by (`Ring.scale`).
         ring_index: [B] int32 in [0, R). Left out: row b reads ring b when R == B, ring 0 when R == 1.
         gate: [H] logits, used in float32; needed by "gated", refused by "joint".
         scale: multiplies the scores, local and memory; default D^-0.5.
@@ -62,16 +74,30 @@ def memory_attention(
             scores nothing.
         causal: a query sees no later key.
         window: a query sees only the last `window` positions, itself included; needs `causal`.
+        key_mask: [B, S] bool, False for local keys that no query may see (padding). A query that sees no local key has
+            local output 0.
+        dropout_p: probability in [0, 1) with which a local attention weight becomes 0, the others being divided by
+            1 - p; memory weights are kept. (As in LongMem's published training code.)
+        dropout_seed: an integer, or int64 [1] on the device of `query`, that fixes which weights are dropped, the same
+            ones in every implementation; default: drawn from PyTorch's generator of that device.
+        return_lse: also return both log-sum-exps.
+        return_memory_share: also return the memory's share of the output.
         impl: "auto", "triton", "cpp" or "reference".
 
     Returns:
-        [B, H, T, D] in the dtype of `query`.
+        out [B, H, T, D] in the dtype of `query`; when asked for, a tuple of it and, in this order,
+        local_lse, memory_lse: [B, H, T] float32 (float64 for float64 inputs), natural logarithm of the sum of the
+            exponentials of the scaled scores, -inf where nothing was seen; dropout has no part in them.
+        memory_share: [B, H, T] float32, the weight that memory has in `out`: sigmoid(gate) or, joint, the memory's part
+            of the softmax; 0 where no memory was found.
+        All of them are differentiable.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what was wanted and what came.
         RuntimeError: `impl` cannot run here.
     """
     op = "memory_attention"
+    query, key, value, memory_query = _autocast(query, key, value, memory_query)
     sizes = Sizes(op)
     sizes.bind("query", query, "B H T D")
     sizes.bind("key", key, "B G S D")
@@ -86,32 +112,89 @@ def memory_attention(
     sizes.bind("memory_query", memory_query, "B H T D")
     if sizes["S"] < sizes["T"]:
         raise ValueError(f"{op}: S must be at least T, got S={sizes['S']} keys for T={sizes['T']} queries")
-    if gate is not None:
-        sizes.bind("gate", gate, "H")
-        check_dtype(op, "gate", gate, COMPUTE_DTYPES)
-    if alibi_slopes is not None:
-        sizes.bind("alibi_slopes", alibi_slopes, "H")
-        check_dtype(op, "alibi_slopes", alibi_slopes, COMPUTE_DTYPES)
+    _check_vectors(op, sizes, gate=gate, alibi_slopes=alibi_slopes)
+    if key_mask is not None:
+        sizes.bind("key_mask", key_mask, "B S")
+        check_dtype(op, "key_mask", key_mask, (torch.bool,))
     check_ring_index(op, ring_index, sizes)
     check_dtype(op, "chunk_ids", chunk_ids, (torch.int32,))
     check_range(op, "chunk_ids", chunk_ids, -1, sizes["M"])
     _check_options(op, fusion, gate, causal, window)
     _check_tensors(op, query, key, value, memory_query, memory_key, memory_value)
-    check_device(op, query.device, chunk_ids=chunk_ids, ring_index=ring_index, gate=gate, alibi_slopes=alibi_slopes)
-    scale = sizes["D"] ** -0.5 if scale is None else float(scale)
-    ring_index, gate, alibi_slopes = packed(ring_index), packed(gate), packed(alibi_slopes)
+    _check_scale(op, sizes, memory_key, memory_scale)
+    device = query.device
+    check_device(op, device, chunk_ids=chunk_ids, ring_index=ring_index, gate=gate, alibi_slopes=alibi_slopes)
+    check_device(op, device, memory_scale=memory_scale, key_mask=key_mask)
+    seed = _seed(op, dropout_p, dropout_seed, device)
 
-    name = choose(op, impl, query.device, (query.dtype, memory_key.dtype), sizes["D"])
-    tensors = (query, key, value, memory_query, memory_key, memory_value, chunk_ids, ring_index)
-    options = (fusion, scale, causal, window)
+    name = choose(op, impl, device, (query.dtype, memory_key.dtype), sizes["D"])
+    gate, alibi_slopes = packed(gate), packed(alibi_slopes)
+    if name != "reference":
+        gate, alibi_slopes = _float32(gate), _float32(alibi_slopes)
+    arguments = (
+        query, key, value, memory_query, memory_key, memory_value, chunk_ids,
+        packed(memory_scale), packed(ring_index), gate, alibi_slopes, key_mask, seed,
+        fusion, sizes["D"] ** -0.5 if scale is None else float(scale), causal, window, float(dropout_p),
+    )  # fmt: skip
     if name == "reference":
-        return memory_attention_reference(*tensors, gate, alibi_slopes, *options)
-    gate, alibi_slopes = _float32(gate), _float32(alibi_slopes)
-    return getattr(torch.ops.longmem, f"memory_attention_{name}")(*tensors, gate, alibi_slopes, *options)[0]
+        out, local_lse, memory_lse = memory_attention_reference(*arguments)
+    else:
+        out, _, local_lse, _, memory_lse = getattr(torch.ops.longmem, f"memory_attention_{name}")(*arguments)
+    extra: tuple[Tensor, ...] = (local_lse, memory_lse) if return_lse else ()
+    if return_memory_share:
+        extra += (memory_share(local_lse, memory_lse, gate),)
+    return (out, *extra) if extra else out
 
 
 def _float32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.float32)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """As autocast treats the arguments of PyTorch's own attention: float32 becomes its dtype."""
+    device = next(tensor.device.type for tensor in tensors if isinstance(tensor, Tensor))
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in tensors)
+
+
+def _seed(op: str, dropout_p: float, dropout_seed: Tensor | int | None, device: torch.device) -> Tensor | None:
+    """int64 [1] on the device; None without dropout."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {dropout_p}")
+    if dropout_p == 0:
+        return None
+    if dropout_seed is None:
+        return torch.randint(2**63 - 1, (1,), device=device)
+    if isinstance(dropout_seed, Tensor):
+        if dropout_seed.shape != (1,) or dropout_seed.dtype != torch.int64 or dropout_seed.device != device:
+            raise ValueError(
+                f"{op}: dropout_seed must be an integer or int64 of shape (1,) on {device}, got {dropout_seed.dtype}"
+                f" {tuple(dropout_seed.shape)} on {dropout_seed.device}"
+            )
+        return dropout_seed
+    if not -(2**63) <= dropout_seed < 2**63:
+        raise ValueError(f"{op}: dropout_seed must fit into 64 bits, got {dropout_seed}")
+    return torch.tensor([dropout_seed], device=device)
+
+
+def _check_vectors(op: str, sizes: Sizes, **vectors: Tensor | None) -> None:
+    for name, vector in vectors.items():
+        if vector is not None:
+            sizes.bind(name, vector, "H")
+            check_dtype(op, name, vector, COMPUTE_DTYPES)
+
+
+def _check_scale(op: str, sizes: Sizes, memory_key: Tensor, memory_scale: Tensor | None) -> None:
+    if (memory_key.dtype == QUANTISED_DTYPE) != (memory_scale is not None):
+        wanted = "needs memory_scale [R, G, M, 2]" if memory_scale is None else "takes no memory_scale"
+        raise ValueError(
+            f"{op}: {memory_key.dtype} memory {wanted}, got {'none' if memory_scale is None else 'one'} (`Ring.scale`)"
+        )
+    if memory_scale is not None:
+        sizes.bind("memory_scale", memory_scale, "R G M 2")
+        check_dtype(op, "memory_scale", memory_scale, (torch.float32,))
 
 
 def _check_options(op: str, fusion: str, gate: Tensor | None, causal: bool, window: int | None) -> None:
@@ -128,7 +211,7 @@ def _check_tensors(
     op: str, query: Tensor, key: Tensor, value: Tensor, memory_query: Tensor, memory_key: Tensor, memory_value: Tensor
 ) -> None:
     check_dtype(op, "query", query, COMPUTE_DTYPES)
-    check_dtype(op, "memory_key", memory_key, COMPUTE_DTYPES)
+    check_dtype(op, "memory_key", memory_key, (*COMPUTE_DTYPES, QUANTISED_DTYPE))
     for name, tensor in (("key", key), ("value", value), ("memory_query", memory_query)):
         if tensor.dtype != query.dtype:
             raise TypeError(f"{op}: {name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")

@@ -12,17 +12,19 @@ from .._extension import library
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor memory_query, Tensor memory_key, Tensor memory_value,"
-    " Tensor chunk_ids, Tensor? ring_index, Tensor? gate, Tensor? alibi_slopes"
+    " Tensor chunk_ids, Tensor? memory_scale, Tensor? ring_index, Tensor? gate, Tensor? alibi_slopes,"
+    " Tensor? key_mask, Tensor? dropout_seed"
 )
-_OPTIONS = "str fusion, float scale, bool causal, int? window"
+_OPTIONS = "str fusion, float scale, bool causal, int? window, float dropout_p"
+_OPTION_COUNT, _GATE = 5, 9  # how many options there are, and the gate's place among the inputs
 # out [B, H, T, D]; local_out, memory_out [B, H, T, D] (float32 in C++, where that is cheap) and their log-sum-exps
-# [B, H, T] float32, kept for backward.
+# [B, H, T] float32, kept for backward. Differentiable: out and the log-sum-exps.
 KERNELS = ("triton", "cpp")
 for _kernel in KERNELS:
     library.define(f"memory_attention_{_kernel}({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
     library.define(
-        f"memory_attention_backward_{_kernel}(Tensor grad, {_INPUTS}, {_OPTIONS},"
-        " Tensor local_out, Tensor local_lse, Tensor memory_out, Tensor memory_lse)"
+        f"memory_attention_backward_{_kernel}(Tensor? grad, Tensor? local_lse_grad, Tensor? memory_lse_grad, {_INPUTS},"
+        f" {_OPTIONS}, Tensor local_out, Tensor local_lse, Tensor memory_out, Tensor memory_lse)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
@@ -38,7 +40,13 @@ def _fake(kernel: str, query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tenso
 
 
 def _fake_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any
+    grad: Tensor | None,
+    local_lse_grad: Tensor | None,
+    memory_lse_grad: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dquery, dmemory_query = query.new_empty(query.shape), query.new_empty(query.shape)
     dkey, dvalue = key.new_empty(key.shape), key.new_empty(key.shape)
@@ -60,24 +68,30 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, fusion, scale, causal, window = inputs
     _, local_out, local_lse, memory_out, memory_lse = output
-    ctx.mark_non_differentiable(local_out, local_lse, memory_out, memory_lse)
+    ctx.mark_non_differentiable(local_out, memory_out)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, local_out, local_lse, memory_out, memory_lse)
-    ctx.options = (fusion, scale, causal, window)
+    ctx.save_for_backward(*inputs[:-_OPTION_COUNT], local_out, local_lse, memory_out, memory_lse)
+    ctx.options = inputs[-_OPTION_COUNT:]
 
 
-def _differentiate(kernel: str, ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    kernel: str,
+    ctx: Any,
+    grad: Tensor | None,
+    _local_out: None,
+    local_lse_grad: Tensor | None,
+    _memory_out: None,
+    memory_lse_grad: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     *inputs, local_out, local_lse, memory_out, memory_lse = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 14
-    backward = getattr(torch.ops.longmem, f"memory_attention_backward_{kernel}")
-    dquery, dkey, dvalue, dmemory_query, dgate = backward(
-        grad, *inputs, *ctx.options, local_out, local_lse, memory_out, memory_lse
-    )
-    dgate = None if inputs[8] is None else dgate
-    return dquery, dkey, dvalue, dmemory_query, None, None, None, None, dgate, None, None, None, None, None
+    gradients: list[Tensor | None] = [None] * (len(inputs) + _OPTION_COUNT)
+    grads = (grad, local_lse_grad, memory_lse_grad)
+    if any(given is not None for given in grads):
+        backward = getattr(torch.ops.longmem, f"memory_attention_backward_{kernel}")
+        *gradients[:4], dgate = backward(*grads, *inputs, *ctx.options, local_out, local_lse, memory_out, memory_lse)
+        gradients[_GATE] = None if inputs[_GATE] is None else dgate
+    return tuple(gradients)
 
 
 for _kernel in KERNELS:

@@ -1,0 +1,49 @@
+"""memory_fused_attention: retrieval and fusion in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .chunk_topk import chunk_topk
+from .memory_attention import memory_attention
+from .ring import Ring
+
+
+def memory_fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ring: Ring,
+    k: int,
+    *,
+    memory_query: Tensor | None = None,
+    ring_index: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """`chunk_topk` in a ring, then `memory_attention` to what it found. (LongMem, section 2.3: one query does both.)
+
+    Args:
+        query: [B, H, T, D].
+        key, value: [B, G, S, D], local.
+        ring: the memory, with G heads.
+        k: K, chunks per query, 1 to 64.
+        memory_query: [B, H, T, D], what searches the memory and meets its keys; default `query`.
+        ring_index: [B] int32, which ring a row uses.
+        options: all others of `memory_attention`, `gate` and `fusion` first.
+
+    Returns:
+        As `memory_attention`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as both operations.
+    """
+    searching = query if memory_query is None else memory_query
+    # The implementation asked for is one of memory_attention's; chunk_topk has the same names.
+    impl = options.get("impl", "auto")
+    ids, _ = chunk_topk(searching, ring.centroid, k, count=ring.count(), ring_index=ring_index, impl=impl)
+    return memory_attention(
+        query, key, value, ring.key, ring.value, ids,
+        memory_query=memory_query, memory_scale=ring.scale, ring_index=ring_index, **options,
+    )  # fmt: skip
