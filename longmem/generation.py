@@ -43,18 +43,21 @@ class SegmentDecoder:
         # Later segments see earlier ones through memory alone, and what they write there does not depend on what they
         # read: all but a row's last one need no more than the encoder, up to the memory layer.
         whole = [(length - 1) // segment for length in lengths]
-        for index in range(max(whole) if self.memory is not None else 0):
-            places = [n - length + index * segment for length in lengths]
-            there = [index < count for count in whole]
-            rows = [
-                row[at : at + segment] if has else row[:segment]
-                for row, at, has in zip(tokens, places, there, strict=True)
-            ]
-            kept = None if all(there) else torch.tensor(there, device=tokens.device)[:, None].expand(-1, segment)
-            self.model.remember(torch.stack(rows), self.memory, kept)
+        if self.memory is not None:
+            self._remember(self.memory, tokens, lengths, whole)
         rest = [length - segment * count for length, count in zip(lengths, whole, strict=True)]
         self.cache.starts = [max(rest) - length for length in rest]
         return self.feed(tokens[:, n - max(rest) :])
+
+    def _remember(self, memory: MemoryBank, tokens: Tensor, lengths: list[int], whole: list[int]) -> None:
+        """Write each row's first `whole` segments to memory."""
+        n, segment = tokens.shape[1], self.model.config.segment
+        for index in range(max(whole)):
+            there = [index < count for count in whole]
+            places = [n - length + index * segment if has else 0 for length, has in zip(lengths, there, strict=True)]
+            piece = torch.stack([row[at : at + segment] for row, at in zip(tokens, places, strict=True)])
+            kept = None if all(there) else torch.tensor(there, device=tokens.device)[:, None].expand(-1, segment)
+            self.model.remember(piece, memory, kept)
 
     def feed(self, tokens: Tensor, finished: Collection[int] = ()) -> Tensor:
         """Go on with tokens [B, n], n >= 1; what `finished` rows are given is forgotten, and never written.

@@ -70,7 +70,7 @@ class MemoryRead(nn.Module):
             scale=layer.scale,
             alibi_slopes=layer.slopes,
             window=layer.window,
-            **({} if positions.key_mask is None else {"key_mask": positions.key_mask}),
+            key_mask=positions.key_mask,
         )
         return output(merge_heads(fused))
 
