@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbones.base import Backbone, BackboneCache, States
-from .backbones.layers import LayerCache
+from .backbones.base import Backbone, States
 from .config import LongMemConfig
 from .data.stream import IGNORE
 from .files import load_tensors, save_tensors
+from .generation import Sampler, Stop, decode
 from .memory import MemoryBank
 from .sharded import ShardedMemoryBank
 from .sidenet import SideNet
@@ -109,12 +109,17 @@ class LongMem(nn.Module):
             memory.write(states.key, states.value, mask)
         return Output(logits, loss)
 
-    def remember(self, tokens: Tensor, memory: MemoryBank) -> None:
-        """Write tokens [B, n] of any length to memory, segment by segment, without predicting anything."""
-        for piece in tokens.split(self.config.segment, 1):
+    def remember(self, tokens: Tensor, memory: MemoryBank, mask: Tensor | None = None) -> None:
+        """Write tokens [B, n] of any length to memory, segment by segment, without predicting anything.
+
+        `mask` [B, n] bool is False at padding, which must be on the right; it is not written.
+        """
+        segment = self.config.segment
+        masks = [None] * -(-tokens.shape[1] // segment) if mask is None else mask.split(segment, 1)
+        for piece, kept in zip(tokens.split(segment, 1), masks, strict=True):
             self._check(piece, memory)
             states = self.backbone.encode(piece, self.config.memory_layers, ())
-            memory.write(states.key, states.value)
+            memory.write(states.key, states.value, kept)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.sidenet.norm is None:
@@ -144,43 +149,53 @@ class LongMem(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.sidenet.named_parameters() if parameter.requires_grad}
 
-    @torch.no_grad()
     def generate(
         self,
         tokens: Tensor,
         memory: MemoryBank | None = None,
         *,
         max_new_tokens: int,
+        mask: Tensor | None = None,
+        eos: int | Collection[int] | None = None,
+        pad: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
         generator: torch.Generator | None = None,
+        logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
+        stopping_criteria: Callable[[Tensor, Tensor], Tensor | bool] | None = None,
     ) -> Iterator[Tensor]:
-        """Continue tokens [B, n], n >= 1, yielding [B] int64 per step. Every full segment goes to memory.
+        """Continue tokens [B, n], n >= 1, yielding [B] int64 per step, as soon as it is known.
 
-        Incremental: each step encodes one token, and equals the full forward of the same segments.
+        Incremental: each step encodes one token, and equals the full forward of the same segments. A row's segment goes
+        to memory when it is full, and its local context begins anew; what the last one holds is not in memory. Rows do
+        not depend on each other (unless they share a memory): each gives what it gives alone, padded or not.
 
         Args:
+            mask: [B, n], zero (False) at padding, which must be on the left: it is neither seen, nor stored, nor
+                counted. A tokenizer's attention mask, with `padding_side="left"`.
+            eos: the token, or tokens, that end a row. From then on it yields `pad` (default: the smallest of `eos`),
+                and generation ends when all rows have.
             temperature: 0 takes the most likely token; otherwise samples from the logits divided by it.
             top_p: samples from the smallest set of tokens whose probability reaches it.
+            repetition_penalty: divides the positive and multiplies the negative logits of tokens that the row has had
+                already (Keskar et al. 2019); 1 changes nothing.
+            logits_processor: `(ids [B, n + generated], logits [B, vocabulary]) -> logits`, after the penalty and before
+                the temperature: a `LogitsProcessorList` of `transformers`, or one processor.
+            stopping_criteria: `(ids, logits) -> bool [B]`, asked after every token: rows that are done. A
+                `StoppingCriteriaList` of `transformers`, or one criterion.
 
         Raises:
-            ValueError: sampling options out of range, or tokens that do not fit the model.
+            ValueError: options out of range, or tokens that do not fit the model.
         """
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"generate: wanted temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
         if tokens.dim() != 2 or tokens.shape[1] == 0 or max_new_tokens < 0:
             raise ValueError(
                 f"generate: wanted tokens [B, n] with n >= 1 and max_new_tokens >= 0, got {tuple(tokens.shape)} and"
                 f" {max_new_tokens}"
             )
         self._check(tokens[:, : self.config.segment], memory)
-        decoder = SegmentDecoder(self, memory)
-        logits = decoder.feed(tokens)
-        for remaining in range(max_new_tokens, 0, -1):
-            chosen = sample(logits, temperature, top_p, generator)
-            yield chosen
-            if remaining > 1:
-                logits = decoder.feed(chosen[:, None])
+        sampler = Sampler(temperature, top_p, repetition_penalty, generator, logits_processor)
+        return decode(self, tokens, memory, mask, max_new_tokens, sampler, Stop.at(eos, pad, stopping_criteria))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and longmem.safetensors (SideNet only; the backbone is named, not copied)."""
@@ -217,43 +232,3 @@ class LongMem(nn.Module):
             )
         if memory.rows != tokens.shape[0]:
             raise ValueError(f"LongMem: tokens must have the memory's {memory.rows} rows, got {tuple(tokens.shape)}")
-
-
-class SegmentDecoder:
-    """Feeds tokens a few at a time. A segment that is full goes to memory, and local context starts anew."""
-
-    def __init__(self, model: LongMem, memory: MemoryBank | None) -> None:
-        self.model, self.memory = model, memory
-        self._begin_segment()
-
-    def _begin_segment(self) -> None:
-        self.backbone_cache = BackboneCache()
-        self.caches = [LayerCache() for _ in self.model.sidenet.stack]
-        self.written: list[tuple[Tensor, Tensor]] = []
-
-    def feed(self, tokens: Tensor) -> Tensor:
-        """tokens [B, n], n >= 1 -> logits [B, vocabulary] after the last of them."""
-        model, segment = self.model, self.model.config.segment
-        while tokens.shape[1]:
-            start = self.backbone_cache.length
-            piece, tokens = tokens[:, : segment - start], tokens[:, segment - start :]
-            states = model.backbone.encode(piece, model.config.memory_layers, model.sidenet.depths, self.backbone_cache)
-            hidden = model.sidenet(states, self.memory, start=start, caches=self.caches)
-            self.written.append((states.key, states.value))
-            if self.backbone_cache.length == segment:
-                if self.memory is not None:
-                    key, value = (torch.cat(parts, 2) for parts in zip(*self.written, strict=True))
-                    self.memory.write(key, value)
-                self._begin_segment()
-        return model.logits(hidden[:, -1])
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Next tokens [B] from logits [B, vocabulary]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probability, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)
-    # A token is kept while what comes before it has not reached top_p: the first always is.
-    probability = probability.masked_fill(probability.cumsum(-1) - probability >= top_p, 0.0)
-    choice = torch.multinomial(probability, 1, generator=generator)
-    return order.gather(-1, choice).squeeze(-1)

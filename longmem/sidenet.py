@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones.base import Backbone, States
-from .backbones.layers import DecoderLayer, LayerCache, merge_heads, split_heads
+from .backbones.layers import DecoderLayer, LayerCache, Positions, merge_heads, split_heads
 from .config import LongMemConfig
 from .memory import MemoryBank
 
@@ -46,11 +46,12 @@ class MemoryRead(nn.Module):
         key: Tensor,
         value: Tensor,
         layer: DecoderLayer,
+        positions: Positions,
     ) -> Tensor:
         """normed [B, T, E], query [B, H, T, D], key and value [B, G, S, D] -> [B, T, E]."""
         output = layer.output if self.output is None else self.output  # the layer applies its own norm, if any, to it
         if memory is None:
-            return output(merge_heads(layer.local_attention(query, key, value)))
+            return output(merge_heads(layer.local_attention(query, key, value, positions)))
         if self.query is not None:
             unrotated_query = split_heads(self.query(normed), layer.heads)
             if layer.query_norm is not None:
@@ -69,6 +70,7 @@ class MemoryRead(nn.Module):
             scale=layer.scale,
             alibi_slopes=layer.slopes,
             window=layer.window,
+            key_mask=positions.key_mask,
         )
         return output(merge_heads(fused))
 
@@ -122,14 +124,16 @@ class SideNet(nn.Module):
         """The depths of the backbone's hidden states that `forward` needs."""
         return {self.first}.union(*self.jumps)
 
-    def forward(
-        self, states: States, memory: MemoryBank | None, *, start: int = 0, caches: list[LayerCache] | None = None
-    ) -> Tensor:
-        """Hidden states of one segment -> output of the last layer [B, T, E], before the final norm."""
+    def forward(self, states: States, memory: MemoryBank | None, caches: list[LayerCache] | None = None) -> Tensor:
+        """Hidden states of one segment -> output of the last layer [B, T, E], before the final norm.
+
+        `caches`, one per layer, hold the segment so far when the states continue it.
+        """
         x = states.hidden[self.first]
+        positions = states.positions or Positions.first(x.shape[1], x.device)
         for i, layer in enumerate(self.stack):
             fuse = partial(self.reads[str(i)], memory) if str(i) in self.reads else None
-            x = layer(x, start=start, cache=caches[i] if caches is not None else None, fuse=fuse)
+            x = layer(x, positions=positions, cache=caches[i] if caches is not None else None, fuse=fuse)
             if self.jumps:
                 before, after = self.jumps[i]
                 x = x + (states.hidden[after] - states.hidden[before])

@@ -9,7 +9,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from longmem import LongMem, LongMemConfig, PaperGPTConfig, huggingface_backbone, paper_gpt
 from longmem.backbones import BackboneCache
-from longmem.backbones.layers import alibi_slopes
+from longmem.backbones.layers import Positions, alibi_slopes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,7 +112,8 @@ def test_paper_gpt_positions_are_relative() -> None:
     """ALiBi: a later start changes nothing, because nothing but distances is seen."""
     backbone = tiny_backbone("paper")
     x = torch.randn(1, 6, 48)
-    torch.testing.assert_close(backbone.layer(1)(x, start=0), backbone.layer(1)(x, start=50))
+    later = Positions(torch.arange(50, 56)[None])
+    torch.testing.assert_close(backbone.layer(1)(x), backbone.layer(1)(x, positions=later))
 
 
 def test_alibi_slopes_of_head_counts_that_are_no_powers_of_two() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .layers import DecoderLayer, LayerCache
+from .layers import DecoderLayer, LayerCache, Positions
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,45 @@ class States:
     Attributes:
         hidden: backbone depth i -> [B, T, E]: 0 is the embedding, i the output of layer i - 1, before the final norm.
         key, value: [B, L * G, T, D] of the L memory layers, one after another, before rotation: what a memory stores.
+        positions: where the tokens stand in their segments; None: they begin them.
     """
 
     hidden: dict[int, Tensor]
     key: Tensor
     value: Tensor
+    positions: Positions | None = None
 
 
 @dataclass
 class BackboneCache:
-    """The backbone's keys and values of the current segment, for decoding."""
+    """The backbone's keys and values of the rows' current segments, for decoding.
+
+    All rows append to the same column, and each row's segment begins at a column of its own: what lies before it is
+    padding, or an earlier segment, and neither seen nor counted.
+
+    Attributes:
+        length: columns in use. starts: the column of each row's first token; None: 0 for all.
+    """
 
     length: int = 0
+    starts: list[int] | None = None
     layers: dict[int, LayerCache] = field(default_factory=dict)
+
+    def positions(self, tokens: int, device: torch.device) -> Positions:
+        """Those of the next `tokens` columns."""
+        columns = torch.arange(self.length + tokens, device=device)
+        if not self.starts or not any(self.starts):
+            return Positions(columns[None, self.length :])
+        starts = torch.tensor(self.starts, device=device)[:, None]
+        return Positions((columns[self.length :] - starts).clamp(min=0), columns >= starts)
+
+    def forget(self, tokens: int) -> None:
+        """Drop the oldest columns, which no row's segment has."""
+        self.length -= tokens
+        if self.starts is not None:
+            self.starts = [start - tokens for start in self.starts]
+        for layer in self.layers.values():
+            layer.forget(tokens)
 
 
 class Backbone(nn.Module):
@@ -82,11 +108,11 @@ class Backbone(nn.Module):
         """The longest segment it has positions for; None: no limit of its own."""
         return None if self.positions is None else self.positions.num_embeddings
 
-    def embed_at(self, tokens: Tensor, start: int) -> Tensor:
-        """tokens [B, T], the first at position `start` of the segment -> [B, T, E]."""
+    def embed_at(self, tokens: Tensor, positions: Positions) -> Tensor:
+        """tokens [B, T] -> [B, T, E]."""
         x = self.embed(tokens)
         if self.positions is not None:
-            x = x + self.positions(torch.arange(start, start + tokens.shape[1], device=tokens.device))
+            x = x + self.positions(positions.index)
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def layer(self, index: int) -> DecoderLayer:
@@ -118,13 +144,17 @@ class Backbone(nn.Module):
             ValueError: tokens of another shape, outside the vocabulary, or more than there are positions for.
         """
         self._check(tokens)
-        start = cache.length if cache is not None else 0
-        if self.max_segment is not None and start + tokens.shape[1] > self.max_segment:
+        length = tokens.shape[1]
+        if cache is not None:
+            positions = cache.positions(length, tokens.device)
+            longest = cache.length + length - min(cache.starts or [0])
+        else:
+            positions, longest = Positions.first(length, tokens.device), length
+        if self.max_segment is not None and longest > self.max_segment:
             raise ValueError(
-                f"Backbone: {self.name} has positions for {self.max_segment} tokens, got a segment of"
-                f" {start + tokens.shape[1]}"
+                f"Backbone: {self.name} has positions for {self.max_segment} tokens, got a segment of {longest}"
             )
-        x = self.embed_at(tokens, start)
+        x = self.embed_at(tokens, positions)
         hidden = {0: x} if 0 in depths else {}
         highest, last = max(depths, default=0), memory_layers[-1]
         stored = []
@@ -134,19 +164,21 @@ class Backbone(nn.Module):
                 stored.append(layer.project_memory(layer.input_norm(x)))
                 if i == last and i >= highest:
                     break
-            x = layer(x, start=start, cache=cache.layers.setdefault(i, LayerCache()) if cache is not None else None)
+            kept = cache.layers.setdefault(i, LayerCache()) if cache is not None else None
+            x = layer(x, positions=positions, cache=kept)
             if i + 1 in depths:
                 hidden[i + 1] = x
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.length += length
         key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*stored, strict=True))
-        return States(hidden, key, value)
+        return States(hidden, key, value, positions)
 
     @torch.no_grad()
     def resume(self, hidden: Tensor, depth: int) -> Tensor:
         """Run the layers from `depth` up on its hidden states [B, T, E]: what `logits` takes."""
+        positions = Positions.first(hidden.shape[1], hidden.device)
         for i in range(depth, len(self.layers)):
-            hidden = self.layer(i)(hidden)
+            hidden = self.layer(i)(hidden, positions=positions)
         return hidden
 
     def fingerprint(self) -> str:

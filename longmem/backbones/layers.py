@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -13,14 +14,68 @@ class Fuse(Protocol):
     """What takes the place of local attention in a layer that reads memory. Shapes as in `memory_attention`."""
 
     def __call__(
-        self, normed: Tensor, query: Tensor, unrotated_query: Tensor, key: Tensor, value: Tensor, layer: DecoderLayer
+        self,
+        normed: Tensor,
+        query: Tensor,
+        unrotated_query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layer: DecoderLayer,
+        positions: Positions,
     ) -> Tensor: ...
+
+
+@dataclass
+class Positions:
+    """Where the tokens of one call stand in their segments. One for all layers, so that what follows from it is
+    computed once.
+
+    Attributes:
+        index: [B, T] int64, or [1, T] where all rows are alike.
+        key_mask: [B, S] bool, the keys that a row may see, its own included; None: all.
+    """
+
+    index: Tensor
+    key_mask: Tensor | None = None
+    _angles: dict[tuple[str | None, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _visible: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def first(cls, length: int, device: torch.device) -> Positions:
+        """Those of tokens that begin a segment."""
+        return cls(torch.arange(length, device=device)[None])
+
+    def angles(self, rotary: Rotary, x: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [1 or B, 1, T, rotated dims]; a model has one way to make them per kind of layer."""
+        place = (rotary.kind, x.dtype)
+        if place not in self._angles:
+            more = () if rotary.kind is None else (rotary.kind,)
+            cos, sin = rotary.angles(x, self.index, *more)
+            self._angles[place] = cos[:, None], sin[:, None]
+        return self._angles[place]
+
+    def visible(self, keys: int, window: int | None) -> Tensor:
+        """Which of S = `keys` keys, the last T of them their own, the tokens see: bool [B or 1, 1, T, S]. Padding sees
+        itself, for a softmax over nothing is NaN."""
+        place = (keys, window)
+        if place not in self._visible:
+            distance = self.distance(keys)
+            seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            if self.key_mask is not None:
+                seen = seen & (self.key_mask[:, None, None, :] | (distance == 0))
+            self._visible[place] = seen.expand(1, 1, -1, -1) if seen.dim() == 2 else seen
+        return self._visible[place]
+
+    def distance(self, keys: int) -> Tensor:
+        """[T, S], from each key to the token that looks back at it."""
+        columns, tokens = torch.arange(keys, device=self.index.device), self.index.shape[1]
+        return columns[keys - tokens :, None] - columns
 
 
 class Rotary(nn.Module):
     """Rotary positions (Su et al. 2021), rotate-half convention, on the first dimensions that `angles` covers.
 
-    `angles(x, positions [1, T]) -> (cos, sin) [1, T, rotated dims]`: a Hugging Face rotary embedding module. With
+    `angles(x, positions [B, T]) -> (cos, sin) [B, T, rotated dims]`: a Hugging Face rotary embedding module. With
     `kind`, one that is also told the kind of the layer.
     """
 
@@ -28,13 +83,12 @@ class Rotary(nn.Module):
         super().__init__()
         self.angles, self.kind = angles, kind
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """Rotate x [B, H, T, D], whose first token is at position `start`."""
-        positions = torch.arange(start, start + x.shape[2], device=x.device)[None]
-        cos, sin = self.angles(x, positions) if self.kind is None else self.angles(x, positions, self.kind)
+    def forward(self, x: Tensor, positions: Positions) -> Tensor:
+        """Rotate x [B, H, T, D]."""
+        cos, sin = positions.angles(self, x)
         rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         low, high = rotated.chunk(2, -1)
-        rotated = rotated * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+        rotated = rotated * cos + torch.cat([-high, low], -1) * sin
         return torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated
 
 
@@ -47,18 +101,44 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 class LayerCache:
-    """Keys and values of the tokens of the current segment that one layer has seen, for decoding."""
+    """Keys and values of the current segment that one layer has seen, for decoding, in buffers that have room to grow:
+    a token costs a copy of itself."""
 
     def __init__(self) -> None:
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
+        self._key: Tensor | None = None
+        self._value: Tensor | None = None
+        self._first, self._end = 0, 0
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, G, T, D] and return all of it, [B, G, S, D]."""
-        if self.key is not None and self.value is not None:
-            key, value = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
-        self.key, self.value = key, value
-        return key, value
+        """Append [B, G, T, D] and return all there is, [B, G, S, D]: views, good until the next call."""
+        end = self._end + key.shape[2]
+        if self._key is None or self._value is None or end > self._key.shape[2]:
+            self._make_room(key, value)
+            end = self._end + key.shape[2]
+        assert self._key is not None and self._value is not None
+        self._key[:, :, self._end : end] = key
+        self._value[:, :, self._end : end] = value
+        self._end = end
+        return self._key[:, :, self._first : end], self._value[:, :, self._first : end]
+
+    def forget(self, tokens: int) -> None:
+        """Drop the oldest `tokens`."""
+        self._first += tokens
+        if self._first == self._end:
+            self._first = self._end = 0
+
+    def _make_room(self, key: Tensor, value: Tensor) -> None:
+        """What is left moves to new buffers of twice its size: seldom, and nothing that was handed out changes."""
+        kept = self._end - self._first
+        room = max(2 * (kept + key.shape[2]), 64)
+        moved = []
+        for old, new in ((self._key, key), (self._value, value)):
+            buffer = new.new_empty(*new.shape[:2], room, new.shape[3])
+            if old is not None:
+                buffer[:, :, :kept] = old[:, :, self._first : self._end]
+            moved.append(buffer)
+        self._key, self._value = moved
+        self._first, self._end = 0, kept
 
 
 class DecoderLayer(nn.Module):
@@ -107,21 +187,28 @@ class DecoderLayer(nn.Module):
         self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(
-        self, x: Tensor, *, start: int = 0, cache: LayerCache | None = None, fuse: Fuse | None = None
+        self,
+        x: Tensor,
+        *,
+        positions: Positions | None = None,
+        cache: LayerCache | None = None,
+        fuse: Fuse | None = None,
     ) -> Tensor:
-        """x [B, T, E] -> [B, T, E]. `start` is the position of the first token in its segment."""
+        """x [B, T, E] -> [B, T, E]. Without `positions` the tokens begin a segment."""
+        if positions is None:
+            positions = Positions.first(x.shape[1], x.device)
         normed = self.input_norm(x)
         unrotated = self.project_query(normed)
         unrotated_key, value = self.project_memory(normed)
         query, key = unrotated, unrotated_key
         if self.rotary is not None:
-            query, key = self.rotary(query, start), self.rotary(key, start)
+            query, key = self.rotary(query, positions), self.rotary(key, positions)
         if cache is not None:
             key, value = cache.extend(key, value)
         if fuse is None:
-            attended = self.output(merge_heads(self.local_attention(query, key, value)))
+            attended = self.output(merge_heads(self.local_attention(query, key, value, positions)))
         else:
-            attended = fuse(normed, query, unrotated, key, value, self)
+            attended = fuse(normed, query, unrotated, key, value, self, positions)
         if self.output_norm is not None:
             attended = self.output_norm(attended)
         if self.parallel:
@@ -141,19 +228,23 @@ class DecoderLayer(nn.Module):
             key = self.key_norm(key)
         return key, split_heads(self.value(normed), self.kv_heads)
 
-    def local_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def local_attention(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
+        """Causal attention of [B, H, T, D] to [B, G, S, D], whose last T tokens are its own."""
         T, S = query.shape[2], key.shape[2]
-        if self.slopes is None and self.window is None and (T == S or T == 1):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=T > 1, scale=self.scale, enable_gqa=True)
-        distance = torch.arange(S - T, S, device=query.device)[:, None] - torch.arange(S, device=query.device)
-        hidden = distance < 0
-        if self.window is not None:
-            hidden = hidden | (distance >= self.window)
-        bias = torch.zeros(T, S, dtype=torch.float32, device=query.device)
+        everything = positions.key_mask is None and (self.window is None or self.window >= S)
+        if self.slopes is None and T == 1:
+            # The query heads that share a key/value head become the queries of that head: nothing is repeated.
+            grouped = query.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
+            mask = None if everything else positions.visible(S, self.window)
+            attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=self.scale)
+            return attended.flatten(1, 2)[:, :, None]
+        if self.slopes is None and T == S and everything:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=True)
+        mask = positions.visible(S, self.window)
         if self.slopes is not None:
-            bias = -self.slopes[:, None, None] * distance
-        bias = bias.masked_fill(hidden, -torch.inf).to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale, enable_gqa=True)
+            bias = -self.slopes[:, None, None] * positions.distance(S)
+            mask = torch.where(mask, bias, -torch.inf).to(query.dtype)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=True)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -1,0 +1,228 @@
+"""Generation: decoding token by token with caches and memory, and choosing the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .backbones.base import BackboneCache
+from .backbones.layers import LayerCache
+from .memory import MemoryBank
+
+if TYPE_CHECKING:
+    from .model import LongMem
+
+
+class SegmentDecoder:
+    """Feeds tokens a few at a time. A row's segment that is full goes to memory, and its local context starts anew.
+
+    Rows may stand at different places of their segments: their tokens share columns of the caches, and each row's
+    segment begins at a column of its own (`BackboneCache`).
+    """
+
+    def __init__(self, model: LongMem, memory: MemoryBank | None, rows: int) -> None:
+        self.model, self.memory, self.rows = model, memory, rows
+        self.cache = BackboneCache(starts=[0] * rows)
+        self.upper = [LayerCache() for _ in model.sidenet.stack]
+        self.unwritten = LayerCache()  # what memory will hold of the current segments
+
+    def prompt(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Begin with tokens [B, n], n >= 1, with padding on the left where `mask` [B, n] is zero.
+
+        Returns the logits [B, vocabulary] after the last token.
+        """
+        n, segment = tokens.shape[1], self.model.config.segment
+        lengths = [n] * self.rows
+        if mask is not None:
+            lengths = _unpadded_lengths(tokens, mask)
+            tokens = tokens.masked_fill(~mask.bool(), 0)
+        # Later segments see earlier ones through memory alone, and what they write there does not depend on what they
+        # read: all but a row's last one need no more than the encoder, up to the memory layer.
+        whole = [(length - 1) // segment for length in lengths]
+        if self.memory is not None:
+            self._remember(self.memory, tokens, lengths, whole)
+        rest = [length - segment * count for length, count in zip(lengths, whole, strict=True)]
+        self.cache.starts = [max(rest) - length for length in rest]
+        return self.feed(tokens[:, n - max(rest) :])
+
+    def _remember(self, memory: MemoryBank, tokens: Tensor, lengths: list[int], whole: list[int]) -> None:
+        """Write each row's first `whole` segments to memory."""
+        n, segment = tokens.shape[1], self.model.config.segment
+        for index in range(max(whole)):
+            there = [index < count for count in whole]
+            places = [n - length + index * segment if has else 0 for length, has in zip(lengths, there, strict=True)]
+            piece = torch.stack([row[at : at + segment] for row, at in zip(tokens, places, strict=True)])
+            kept = None if all(there) else torch.tensor(there, device=tokens.device)[:, None].expand(-1, segment)
+            self.model.remember(piece, memory, kept)
+
+    def feed(self, tokens: Tensor, finished: Collection[int] = ()) -> Tensor:
+        """Go on with tokens [B, n], n >= 1; what `finished` rows are given is forgotten, and never written.
+
+        Returns the logits [B, vocabulary] after the last token.
+        """
+        model, cache, segment = self.model, self.cache, self.model.config.segment
+        assert cache.starts is not None
+        while tokens.shape[1]:
+            for row in finished:
+                cache.starts[row] = cache.length
+            room = min(segment - (cache.length - start) for start in cache.starts)
+            piece, tokens = tokens[:, :room], tokens[:, room:]
+            states = model.backbone.encode(piece, model.config.memory_layers, model.sidenet.depths, cache)
+            hidden = model.sidenet(states, self.memory, self.upper)
+            key, value = self.unwritten.extend(states.key, states.value)
+            full = [row for row, start in enumerate(cache.starts) if cache.length - start == segment]
+            if full:
+                self._end_segment([row for row in full if row not in finished], key, value)
+                for row in full:
+                    cache.starts[row] = cache.length
+                self._forget(min(cache.starts))
+        return model.logits(hidden[:, -1])
+
+    def _end_segment(self, rows: list[int], key: Tensor, value: Tensor) -> None:
+        """Write the segments of `rows`, the last columns of key and value, to memory."""
+        if self.memory is None or not rows:
+            return
+        # Copies, because memory takes them up later, and the cache's buffers may have changed by then.
+        segment = self.model.config.segment
+        key, value = (part[:, :, -segment:].clone() for part in (key, value))
+        kept = torch.zeros(self.rows, key.shape[2], dtype=torch.bool, device=key.device)
+        kept[rows] = True
+        self.memory.write(key, value, None if len(rows) == self.rows else kept)
+
+    def _forget(self, columns: int) -> None:
+        self.cache.forget(columns)
+        for cache in (*self.upper, self.unwritten):
+            cache.forget(columns)
+
+
+def _unpadded_lengths(tokens: Tensor, mask: Tensor) -> list[int]:
+    if mask.shape != tokens.shape:
+        raise ValueError(
+            f"generate: mask must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(mask.shape)}"
+        )
+    mask = mask.bool()
+    if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ValueError("generate: padding must be on the left, and every row must hold a token; mask says otherwise")
+    return mask.sum(1).tolist()
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the next token is chosen; see `LongMem.generate`."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    generator: torch.Generator | None = None
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"generate: wanted temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}"
+            )
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"generate: repetition_penalty must be above 0, got {self.repetition_penalty}")
+
+    def __call__(self, logits: Tensor, history: History) -> Tensor:
+        """Next tokens [B] from logits [B, vocabulary]."""
+        if self.repetition_penalty != 1:
+            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(history.seen(logits.shape[1]), penalised, logits)
+        if self.logits_processor is not None:
+            logits = self.logits_processor(history.ids, logits)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probability, order = (logits.float() / self.temperature).softmax(-1).sort(dim=-1, descending=True)
+        # A token is kept while what comes before it has not reached top_p: the first always is.
+        probability = probability.masked_fill(probability.cumsum(-1) - probability >= self.top_p, 0.0)
+        choice = torch.multinomial(probability, 1, generator=self.generator)
+        return order.gather(-1, choice).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What ends a row, and what it yields from then on; see `LongMem.generate`."""
+
+    eos: tuple[int, ...] = ()
+    pad: int = 0
+    criteria: Callable[[Tensor, Tensor], Tensor | bool] | None = None
+
+    @classmethod
+    def at(
+        cls,
+        eos: int | Collection[int] | None,
+        pad: int | None,
+        criteria: Callable[[Tensor, Tensor], Tensor | bool] | None,
+    ) -> Stop:
+        ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(sorted(eos))
+        return cls(ends, pad if pad is not None else ends[0] if ends else 0, criteria)
+
+    def __call__(self, chosen: Tensor, logits: Tensor, history: History) -> list[int]:
+        """The rows that `chosen` [B] ends."""
+        if not self.eos and self.criteria is None:
+            return []
+        done = torch.isin(chosen, chosen.new_tensor(self.eos))
+        if self.criteria is not None:
+            done = done | torch.as_tensor(self.criteria(history.ids, logits), device=done.device)
+        return done.nonzero().flatten().tolist()
+
+
+class History:
+    """The rows' tokens so far."""
+
+    def __init__(self, tokens: Tensor, mask: Tensor | None) -> None:
+        self._ids, self._mask = [tokens], None if mask is None else mask.bool()
+        self._seen: Tensor | None = None
+
+    @property
+    def ids(self) -> Tensor:
+        """[B, n + generated], padding included."""
+        self._ids = [torch.cat(self._ids, 1)]
+        return self._ids[0]
+
+    def seen(self, vocabulary: int) -> Tensor:
+        """[B, vocabulary] bool, the tokens that each row has had, padding not included."""
+        if self._seen is None:
+            ids = self.ids
+            seen = torch.zeros(len(ids), vocabulary, dtype=torch.int32, device=ids.device)
+            counted = torch.ones_like(ids, dtype=torch.int32)
+            if self._mask is not None:
+                counted[:, : self._mask.shape[1]] = self._mask
+            self._seen = seen.scatter_add_(1, ids, counted) > 0
+        return self._seen
+
+    def append(self, chosen: Tensor) -> None:
+        self._ids.append(chosen[:, None])
+        if self._seen is not None:
+            self._seen.scatter_(1, chosen[:, None], True)
+
+
+@torch.no_grad()
+def decode(
+    model: LongMem,
+    tokens: Tensor,
+    memory: MemoryBank | None,
+    mask: Tensor | None,
+    max_new_tokens: int,
+    sampler: Sampler,
+    stop: Stop,
+) -> Iterator[Tensor]:
+    """The loop of `LongMem.generate`."""
+    decoder, history = SegmentDecoder(model, memory, len(tokens)), History(tokens, mask)
+    finished: set[int] = set()
+    logits = decoder.prompt(tokens, mask)
+    for remaining in range(max_new_tokens, 0, -1):
+        chosen = sampler(logits, history)
+        if finished:
+            chosen[list(finished)] = stop.pad
+        history.append(chosen)
+        finished.update(stop(chosen, logits, history))
+        yield chosen
+        if remaining == 1 or len(finished) == len(tokens):
+            return
+        logits = decoder.feed(chosen[:, None], finished)
