@@ -33,8 +33,11 @@ KEY_LOWEST = tl.constexpr(-(2**31) + 0x7FFFFF)  # of -inf
 LAST = tl.constexpr(2**31 - 1)
 MISSING = tl.constexpr(-(2**63))  # a candidate whose key is KEY_MISSING
 
+NO_ENTRY = tl.constexpr(-1)
+
 GROUP = 8  # slots
-CAPACITY = 32  # entries of a list
+CHUNK = tl.constexpr(32)  # entries of a list that are looked at together
+SOME = tl.constexpr(8)  # and that are moved together
 # Compaction may leave this many groups more than K: a search for any number in a range ends sooner than for one.
 SLACK = tl.constexpr(8)
 # About two programs for each SM of the largest GPUs; below that, the slots are split among programs.
@@ -67,8 +70,17 @@ def _entry(score_bits, number):
 
 
 @triton.jit
-def _key_of_entry(entry):
-    return _key_of_score((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+def _score_of_entry(entry):
+    """NaN for NO_ENTRY."""
+    return (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _reaches(entry, key, last):
+    """A higher key than `key`, or the same in a group up to `last`."""
+    number = entry.to(tl.int32)
+    its_key = _key_of_score(_score_of_entry(entry))
+    return (number >= 0) & ((its_key > key) | ((its_key == key) & (number <= last)))
 
 
 @triton.jit
@@ -87,110 +99,120 @@ def _number_of(candidate):
 
 
 @triton.jit
-def _per_row(x, combine: tl.constexpr, LANES: tl.constexpr):
-    """[rows * LANES] -> [rows]: "min", "max" or "sum" over the lanes of a row."""
-    x = tl.reshape(x, [x.shape[0] // LANES, LANES])
-    if combine == "min":
-        return tl.min(x, axis=1)
-    elif combine == "max":
-        return tl.max(x, axis=1)
-    else:
-        return tl.sum(x, axis=1)
-
-
-@triton.jit
-def _per_lane(x, LANES: tl.constexpr):
-    """[rows] -> [1, rows * LANES]"""
-    wide = tl.broadcast_to(x[:, None], [x.shape[0], LANES])
-    return tl.reshape(wide, [1, x.shape[0] * LANES])
-
-
-@triton.jit
 def _columns(N: tl.constexpr):
-    """0..N-1, a column for a thread: claiming that no two are neighbours keeps loads from giving a thread two."""
+    """0..N-1, for a tensor of columns. To claim that no two are neighbours keeps loads from giving a thread two."""
     return tl.max_contiguous(tl.arange(0, N), 1)
 
 
-@triton.jit(noinline=True)
-def _compact(
-    p_list, p_length, p_found, p_bar, K, most,
-    COLUMNS: tl.constexpr, BC: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr,
-):  # fmt: skip
-    """Leave each row between K and `most` of its best entries, dealt out to its lists in turn.
+@triton.jit
+def _sum_of_row(x, LANES: tl.constexpr):
+    """Column tensor [rows * LANES] -> the same, every lane holding the sum of its row."""
+    total = tl.sum(tl.reshape(x, [x.shape[0] // LANES, LANES]), axis=1)
+    return tl.reshape(tl.broadcast_to(total[:, None], [x.shape[0] // LANES, LANES]), x.shape)
 
-    A function of its own, called: barriers inside a loop would keep the loop's loads from being pipelined.
 
-    Args:
-        p_list: [CAPACITY, COLUMNS] entries, of which the first `p_length` [COLUMNS] of each column are read.
-        p_found: [rows] receives how many entries are left.
-        p_bar: [rows] receives the lowest score that beats the K-th best entry or an entry even below it.
+@triton.jit
+def _max_of_row(x, LANES: tl.constexpr):
+    most = tl.max(tl.reshape(x, [x.shape[0] // LANES, LANES]), axis=1)
+    return tl.reshape(tl.broadcast_to(most[:, None], [x.shape[0] // LANES, LANES]), x.shape)
+
+
+@triton.jit
+def _load_entries(p_list, first, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Entries `first` to `first + ENTRIES` of every list [ENTRIES, COLUMNS]."""
+    return tl.load(p_list + (first + tl.arange(0, ENTRIES))[:, None] * COLUMNS + _columns(COLUMNS)[None, :])
+
+
+@triton.jit
+def _clear(p_list, length, COLUMNS: tl.constexpr, CAPACITY: tl.constexpr):
+    """NO_ENTRY in every list from `length` on."""
+    for i in tl.static_range(CAPACITY):
+        tl.store(p_list + i * COLUMNS + _columns(COLUMNS), tl.full([COLUMNS], NO_ENTRY, tl.int64), mask=i >= length)
+
+
+@triton.jit
+def _compact(p_list, K, most, COLUMNS: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr):
+    """Drop entries until each row has K to `most` left, its best, or all it has, and set the bar.
+
+    Length and bar come and go through memory, behind the entries: returned, they would drag the layouts of this function
+    into the loop that calls it.
     """
-    tl.debug_barrier()  # what other threads appended is there
-    for first in range(0, COLUMNS, BC):
-        o_column = first + _columns(BC)
-        o_row = first // LANES + tl.arange(0, BC // LANES)
-        o_entry = tl.arange(0, CAPACITY)[:, None]
-        length = tl.load(p_length + o_column)
-        p_entry = p_list + o_entry * COLUMNS + o_column[None, :]
-        entry = tl.load(p_entry, mask=o_entry < length[None, :], other=-1)
-        key = tl.where(entry.to(tl.int32) < 0, KEY_MISSING, _key_of_entry(entry))
-        low = _per_row(tl.min(tl.where(key == KEY_MISSING, LAST, key), axis=0), "min", LANES)
-        high = _per_row(tl.max(key, axis=0), "max", LANES)
+    o_column = _columns(COLUMNS)
+    p_state = p_list + CAPACITY * COLUMNS + o_column
+    tl.debug_barrier()  # all that was appended is there
+    length = tl.load(p_state).to(tl.int32)
+    least = tl.full([COLUMNS], float("inf"), tl.float32)
+    largest = tl.full([COLUMNS], float("-inf"), tl.float32)
+    numbers = tl.zeros([COLUMNS], tl.int32)
+    for first in tl.static_range(0, CAPACITY, CHUNK):
+        score = _score_of_entry(_load_entries(p_list, first, CHUNK, COLUMNS))
+        least = tl.minimum(least, tl.min(score, axis=0))
+        largest = tl.maximum(largest, tl.max(score, axis=0))
+        numbers += tl.sum((score == score).to(tl.int32), axis=0)
+    numbers = _sum_of_row(numbers, LANES)
+    m_numbers = numbers >= K  # else NaN stays, too
+    found = tl.where(m_numbers, numbers, _sum_of_row(length, LANES))
+    low = tl.where(m_numbers, _key_of_score(-_max_of_row(-least, LANES)), KEY_NAN)
+    high = _key_of_score(_max_of_row(largest, LANES))
 
-        # Bisect for a key that K to `most` entries reach. At least K reach `low` (or all do), fewer `high` + 1.
-        found = _per_row(length, "sum", LANES)
-        m_search = (found > most) & (low < high)
-        while tl.max(m_search.to(tl.int32), axis=0) > 0:
-            middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
-            reach = _per_row(tl.sum((key >= _per_lane(middle, LANES)).to(tl.int32), axis=0), "sum", LANES)
-            m_enough = m_search & (reach >= K)
-            high = tl.where(m_search & (reach < K), middle - 1, high)
-            low = tl.where(m_enough, middle, low)
-            found = tl.where(m_enough, reach, found)
-            m_search = (found > most) & (low < high)
+    # Bisect for a key that K to `most` entries reach. At least K reach `low`, or all do; fewer reach `high + 1`.
+    m_search = m_numbers & (found > most) & (low < high)
+    while tl.max(m_search.to(tl.int32), axis=0) > 0:
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
+        reach = tl.zeros([COLUMNS], tl.int32)
+        for first in tl.static_range(0, CAPACITY, CHUNK):
+            score = _score_of_entry(_load_entries(p_list, first, CHUNK, COLUMNS))
+            reach += tl.sum((score >= _score_of_key(middle)[None, :]).to(tl.int32), axis=0)
+        reach = _sum_of_row(reach, LANES)
+        m_enough = m_search & (reach >= K)
+        high = tl.where(m_search & (reach < K), middle - 1, high)
+        low = tl.where(m_enough, middle, low)
+        found = tl.where(m_enough, reach, found)
+        m_search = m_search & (found > most) & (low < high)
 
-        # What is still too many is equal: bisect for the last group to stay.
-        if tl.max(found, axis=0) > most:
-            group = tl.load(p_entry, mask=o_entry < length[None, :], other=-1).to(tl.int32)
-            after = tl.full([BC // LANES], -1, tl.int32)  # fewer than K stay if this group is the last
-            last = tl.full([BC // LANES], LAST // 2, tl.int32)
-            m_above = key > _per_lane(low, LANES)
-            m_equal = key == _per_lane(low, LANES)
-            while tl.max(found, axis=0) > most:
-                middle = (after + last) >> 1
-                m_stay = m_above | (m_equal & (group <= _per_lane(middle, LANES)))
-                reach = _per_row(tl.sum(m_stay.to(tl.int32), axis=0), "sum", LANES)
-                m_search = found > most
-                last = tl.where(m_search & (reach >= K), middle, last)
-                after = tl.where(m_search & (reach < K), middle, after)
-                found = tl.where(m_search & (reach >= K), reach, found)
-            key = tl.where(m_equal & (group > _per_lane(last, LANES)), KEY_MISSING, key)
+    # What is still too many has the key `low`: bisect for the last group of it that stays.
+    last = tl.full([COLUMNS], LAST // 2, tl.int32)
+    before = tl.full([COLUMNS], -1, tl.int32)  # fewer than K stay up to this one
+    while tl.max(found, axis=0) > most:
+        middle = (before + last) >> 1
+        reach = tl.zeros([COLUMNS], tl.int32)
+        for first in tl.static_range(0, CAPACITY, CHUNK):
+            entry = _load_entries(p_list, first, CHUNK, COLUMNS)
+            reach += tl.sum(_reaches(entry, low[None, :], middle[None, :]).to(tl.int32), axis=0)
+        reach = _sum_of_row(reach, LANES)
+        m_search = found > most
+        before = tl.where(m_search & (reach < K), middle, before)
+        last = tl.where(m_search & (reach >= K), middle, last)
+        found = tl.where(m_search & (reach >= K), reach, found)
 
-        entry = tl.load(p_entry, mask=o_entry < length[None, :], other=-1)  # again, not to hold it all the time
-        stays = ((key >= _per_lane(low, LANES)) & (key > KEY_MISSING)).to(tl.int32)
-        in_lanes = tl.reshape(tl.sum(stays, axis=0), [BC // LANES, LANES])
-        before = tl.reshape(tl.cumsum(in_lanes, axis=1) - in_lanes, [1, BC])
-        place = tl.where(stays > 0, before + tl.cumsum(stays, axis=0) - 1, -1)
-        tl.debug_barrier()  # every thread has read what others overwrite now
-        o_place = (place.to(tl.uint32) // LANES) * COLUMNS + place.to(tl.uint32) % LANES
-        tl.store(p_list + (o_column // LANES * LANES)[None, :] + o_place, entry, mask=place >= 0)
-        tl.store(p_found + o_row, found)
-        tl.store(p_bar + o_row, _score_of_key(tl.maximum(low + 1, KEY_LOWEST)))
+    # Close the gaps, in place: an entry moves to where entries have been read already.
+    o_some = tl.arange(0, SOME)
+    left = tl.zeros([COLUMNS], tl.int32)
+    for first in range(0, CAPACITY, SOME):
+        some = _load_entries(p_list, first, SOME, COLUMNS)
+        for i in tl.static_range(SOME):
+            entry = tl.sum(tl.where(o_some[:, None] == i, some, 0), axis=0)
+            m_stay = _reaches(entry, low, last)
+            tl.store(p_list + left * COLUMNS + o_column, entry, mask=m_stay)
+            left += m_stay.to(tl.int32)
+    _clear(p_list, left, COLUMNS, CAPACITY)
+    bar = _score_of_key(tl.maximum(low + 1, KEY_LOWEST))
+    tl.store(p_state, _entry(bar.to(tl.int32, bitcast=True), left))
     tl.debug_barrier()
 
 
 @triton.jit
 def chunk_topk_search_kernel(
-    p_query, p_centroid, p_count, p_ring_index, p_list, p_length, p_found, p_bar,
+    p_query, p_centroid, p_count, p_ring_index, p_list, p_group,
     s_query_b, s_query_h, s_query_t, s_centroid_r, s_centroid_g, s_centroid_m,
     H, G, T, R, M, K, splits,
-    D: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    GROUP: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr, BC: tl.constexpr,
+    D: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """The K best groups of each split, in no order: entries in p_list [programs, CAPACITY, BT * LANES], how many there
-    are in p_found [programs, BT]; p_length [programs, BT * LANES] and p_bar [programs, BT] are scratch.
+    """The K best groups of each split, in no order: entries [B, H, T, splits, BK], NO_ENTRY where there are fewer.
 
-    The query heads of a group search the same centroids, so their queries are one list of H/G * T rows.
+    The query heads of a group search the same centroids, so their queries are one list of H/G * T rows. p_list is
+    scratch, [programs, CAPACITY + 1, BT * LANES].
     """
     COLUMNS: tl.constexpr = BT * LANES
     IN_TILE: tl.constexpr = BM // GROUP // LANES  # groups of one tile in a column
@@ -202,10 +224,7 @@ def chunk_topk_search_kernel(
     i_g = pid // blocks // splits % G
     i_b = pid // blocks // splits // G
     i_r = ring_of_row(p_ring_index, i_b, R)
-    p_list += pid * (CAPACITY * COLUMNS)
-    p_length += pid * COLUMNS
-    p_found += pid * BT
-    p_bar += pid * BT
+    p_list += pid * ((CAPACITY + 1) * COLUMNS)
 
     # A warp has 16 rows of a tile, a thread rows t and t + 8 of them. In this order a thread has queries q and q + BT / 2
     # of the block, and four threads and their lists follow each other in memory.
@@ -222,28 +241,39 @@ def chunk_topk_search_kernel(
     o_c = tl.arange(0, BM)
     o_group = o_c // (2 * LANES) % IN_TILE * LANES + o_c // 2 % LANES
     o_slot = o_group * GROUP + o_c // (2 * LANES * IN_TILE) * 2 + o_c % 2
-    count = tl.minimum(tl.load(p_count + i_r), M)
-    per_split = tl.cdiv(tl.cdiv(count, BM), splits)
-    first_tile = tl.minimum(i_split * per_split, tl.cdiv(count, BM))
-    end_tile = tl.minimum(first_tile + per_split, tl.cdiv(count, BM))
-    p_tiles = p_centroid + i_r * s_centroid_r + i_g * s_centroid_g + o_d[:, None]
-
-    o_column = _columns(COLUMNS)
     o_i = tl.arange(0, IN_TILE)
     o_first = o_i[None, :, None] * LANES + tl.arange(0, LANES)[None, None, :]
+
+    count = tl.minimum(tl.load(p_count + i_r), M)
+    tiles = tl.cdiv(count, BM)
+    per_split = tl.cdiv(tiles, splits)
+    first_tile = tl.minimum(i_split * per_split, tiles)
+    end_tile = tl.minimum(first_tile + per_split, tiles)
+    s_tile = tl.cast(s_centroid_m, tl.int64) * BM
+
+    o_column = _columns(COLUMNS)
     length = tl.zeros([COLUMNS], tl.int32)
     bar = tl.zeros([COLUMNS], tl.float32)
+    p_state = p_list + CAPACITY * COLUMNS + o_column  # bar above length, while `_compact` works
+    _clear(p_list, length, COLUMNS, CAPACITY)
+    tl.debug_barrier()
     everything = True  # is appended until there is a bar
-    for tile in tl.range(first_tile, end_tile):
-        # Past the end the last slot is scored again, which changes no maximum of its group.
+    # Past the end the last slot is scored again, which changes no maximum of its group.
+    p_tile = p_centroid + i_r * s_centroid_r + i_g * s_centroid_g + first_tile * s_tile + o_d[:, None]
+    p_tile = p_tile + tl.minimum(o_slot, count - first_tile * BM - 1).to(tl.int64)[None, :] * s_centroid_m
+    b_next = tl.load(p_tile, mask=tl.where(first_tile < end_tile, m_d, False)[:, None], other=0.0)
+    for tile in range(first_tile, end_tile):
+        b_centroid = b_next  # [BD, BM]
+        # The next tile is on its way while this one is worked on: Triton does not pipeline loops with barriers.
         left = count - tile * BM  # not tile * BM + slot < count: it may pass 2^31
-        p_tile = p_tiles + tl.cast(tile, tl.int64) * BM * s_centroid_m
-        p_tile += tl.minimum(o_slot, left - 1).to(tl.int64)[None, :] * s_centroid_m
-        b_centroid = tl.load(p_tile, mask=m_d[:, None], other=0.0)  # [BD, BM]
-        b_score = dot(b_query, b_centroid)
-        b_score = tl.reshape(b_score, [BT, GROUP // 2, IN_TILE, LANES, 2])
+        p_tile += s_tile
+        if left < 2 * BM:
+            p_tile -= tl.maximum(o_slot - (left - BM - 1), 0).to(tl.int64)[None, :] * s_centroid_m
+        b_next = tl.load(p_tile, mask=tl.where(tile + 1 < end_tile, m_d, False)[:, None], other=0.0)
+
+        b_score = tl.reshape(dot(b_query, b_centroid), [BT, GROUP // 2, IN_TILE, LANES, 2])
         b_best = tl.max(tl.max(b_score, axis=4), axis=1)  # [BT, IN_TILE, LANES]; a number if there is one
-        if left < BM:  # groups that hold no slot; NaN is taken while everything is, and comes after all that exist
+        if left < BM:  # groups that hold no slot: NaN is appended only with everything, and comes after what exists
             b_best = tl.where(o_first * GROUP < left, b_best, float("nan"))
         b_best = tl.reshape(b_best, [BT // 16, 2, 8, IN_TILE, LANES]).trans(1, 0, 2, 4, 3)
         b_bits = tl.reshape(b_best, [COLUMNS, IN_TILE]).to(tl.int32, bitcast=True)
@@ -252,19 +282,31 @@ def chunk_topk_search_kernel(
         for i in tl.static_range(IN_TILE):
             bits = tl.sum(tl.where(o_i[None, :] == i, b_bits, 0), axis=1)  # column i: no work, it lies in registers
             m_append = (bits.to(tl.float32, bitcast=True) >= bar) | everything
-            p_entry = p_list + o_column + length.to(tl.uint32) * COLUMNS
+            p_entry = p_list + length.to(tl.uint32) * COLUMNS + o_column
             tl.store(p_entry, _entry(bits, o_number + i * LANES), mask=m_append)
             length += m_append.to(tl.int32)
 
-        if tl.max(length, axis=0) > CAPACITY - IN_TILE:
-            tl.store(p_length + o_column, length)
-            _compact(p_list, p_length, p_found, p_bar, K, K + SLACK, COLUMNS, BC, LANES, CAPACITY)
-            bar = tl.load(p_bar + o_column // LANES)
-            length = (tl.load(p_found + o_column // LANES) - o_column % LANES + LANES - 1) // LANES
+        is_last = tile + 1 == end_tile
+        if (tl.max(length, axis=0) > CAPACITY - IN_TILE) | is_last:
+            most = tl.where(is_last, K, K + SLACK)
+            tl.store(p_state, length.to(tl.int64))
+            _compact(p_list, K, most, COLUMNS, LANES, CAPACITY)
+            state = tl.load(p_state)
+            length = state.to(tl.int32)
+            bar = _score_of_entry(state)
             everything = False
 
-    tl.store(p_length + o_column, length)
-    _compact(p_list, p_length, p_found, p_bar, K, K, COLUMNS, BC, LANES, CAPACITY)
+    # The lists of a row one after the other.
+    in_lanes = tl.reshape(length, [BT, LANES])
+    o_place = tl.reshape(tl.cumsum(in_lanes, axis=1) - in_lanes, [COLUMNS])
+    o_query = i_block * BT + o_column // LANES
+    p_best = p_group + (((i_b * G + i_g) * rows + o_query) * splits + i_split) * BK
+    m_query = o_query < rows
+    for i in range(K):
+        entry = tl.load(p_list + i * COLUMNS + o_column, mask=i < length, other=NO_ENTRY)
+        tl.store(p_best + o_place + i, entry, mask=m_query & (i < length))
+    for i in range(BK):
+        tl.store(p_best + i, tl.full([COLUMNS], NO_ENTRY, tl.int64), mask=m_query & (i >= _sum_of_row(length, LANES)))
 
 
 @triton.jit
@@ -281,15 +323,13 @@ def _best(candidate, K, BK: tl.constexpr):
 
 @triton.jit
 def chunk_topk_decide_kernel(
-    p_query, p_centroid, p_count, p_ring_index, p_list, p_found, p_ids, p_scores,
+    p_query, p_centroid, p_count, p_ring_index, p_group, p_ids, p_scores,
     s_query_b, s_query_h, s_query_t, s_centroid_r, s_centroid_g, s_centroid_m,
-    H, G, T, R, M, K, splits,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
-    CAPACITY: tl.constexpr, BR: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
+    H, G, T, R, M, K,
+    D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The best K chunks of the K best groups per query, in order: ids and scores [B, H, T, K]. BW = splits * BK."""
     rows = H // G * T
-    blocks = tl.cdiv(rows, BT)
     row_blocks = tl.cdiv(rows, BR)
     pid = tl.program_id(0).to(tl.int64)
     o_row = pid % row_blocks * BR + tl.arange(0, BR)
@@ -299,15 +339,11 @@ def chunk_topk_decide_kernel(
     m_row = o_row < rows
     o_k = tl.arange(0, BK)
 
-    # The groups that `search` found: entry w is number w % BK of split w // BK.
     o_w = tl.arange(0, BW)
-    o_program = ((i_b * G + i_g) * splits + o_w[None, :] // BK) * blocks + o_row[:, None] // BT
-    o_place = o_w % BK
-    found = tl.load(p_found + o_program * BT + o_row[:, None] % BT, mask=m_row[:, None], other=0)
-    m_entry = o_place[None, :] < found
-    o_list = (o_program * CAPACITY + o_place // LANES) * (BT * LANES) + o_row[:, None] % BT * LANES + o_place % LANES
-    entry = tl.load(p_list + o_list, mask=m_entry, other=0)
-    b_group = tl.where(m_entry, _candidate(_key_of_entry(entry), entry.to(tl.int32)), MISSING)
+    p_entry = p_group + ((i_b * G + i_g) * rows + o_row[:, None]) * BW + o_w[None, :]
+    entry = tl.load(p_entry, mask=m_row[:, None], other=NO_ENTRY)
+    number = entry.to(tl.int32)
+    b_group = tl.where(number < 0, MISSING, _candidate(_key_of_score(_score_of_entry(entry)), number))
     if BW > BK:
         b_group = _best(b_group, K, BK)
 
@@ -373,27 +409,26 @@ def chunk_topk_triton(
     rows = H // G * T
     BT, BM, lanes, num_warps = search_tiles(query.dtype if query.dtype == centroid.dtype else torch.float32, rows)
     BK = max(2, triton.next_power_of_2(k))
-    capacity = CAPACITY * 4 // lanes
+    # A list must hold K + SLACK entries and what one more tile appends.
+    capacity = triton.cdiv(k + SLACK.value + BM // GROUP // lanes, CHUNK.value) * CHUNK.value
     blocks = triton.cdiv(rows, BT)
     most = min(max(PROGRAMS_WANTED // (B * G * blocks), 1), triton.cdiv(M, BM), MERGE_WIDTH // BK)
     splits = 1 << (most.bit_length() - 1)
     programs = B * G * splits * blocks
-    entries = query.new_empty((programs, capacity, BT * lanes), dtype=torch.int64)
-    length = query.new_empty((programs, BT * lanes), dtype=torch.int32)
-    found = query.new_empty((programs, BT), dtype=torch.int32)
-    bar = query.new_empty((programs, BT), dtype=torch.float32)
+    scratch = query.new_empty((programs, capacity + 1, BT * lanes), dtype=torch.int64)
+    groups = query.new_empty((B, H, T, splits, BK), dtype=torch.int64)
     strides = (*query.stride()[:3], *centroid.stride()[:3])
     BR = max(1, min(triton.next_power_of_2(rows), 512 // max(splits * BK, BK * GROUP)))
     with torch.cuda.device_of(query):
         chunk_topk_search_kernel[(programs,)](
-            query, centroid, count, ring_index, entries, length, found, bar, *strides,
+            query, centroid, count, ring_index, scratch, groups, *strides,
             H, G, T, R, M, k, splits,
-            D=D, BT=BT, BM=BM, BD=triton.next_power_of_2(D), GROUP=GROUP, LANES=lanes, CAPACITY=capacity,
-            BC=min(BT * lanes, 32 * num_warps), num_warps=num_warps, num_stages=3, **EXTRA,
+            D=D, BT=BT, BM=BM, BD=triton.next_power_of_2(D), BK=BK, GROUP=GROUP, LANES=lanes, CAPACITY=capacity,
+            num_warps=num_warps, **EXTRA,
         )  # fmt: skip
         chunk_topk_decide_kernel[(B * G * triton.cdiv(rows, BR),)](
-            query, centroid, count, ring_index, entries, found, ids, scores, *strides,
-            H, G, T, R, M, k, splits,
-            D=D, BT=BT, BD=16, GROUP=GROUP, LANES=lanes, CAPACITY=capacity, BR=BR, BW=splits * BK, BK=BK, num_warps=4,
+            query, centroid, count, ring_index, groups, ids, scores, *strides,
+            H, G, T, R, M, k,
+            D=D, BR=BR, BD=16, BW=splits * BK, BK=BK, GROUP=GROUP, num_warps=4,
         )  # fmt: skip
     return ids, scores
