@@ -1,14 +1,23 @@
-"""Exact chunk_topk in Triton: stream tiles of centroids, keep the best K of every query in registers.
+"""Exact chunk_topk in Triton: keep the best K groups of slots, then decide inside them.
 
-A candidate is one int64: the score mapped to an int32 that sorts like it, above the inverted slot. One integer
-comparison then gives the order of the op: higher score, lower slot, numbers before NaN, NaN before nothing. Two
-kernels: `search` finds the K best of one split of the slots for a block of queries, unordered; `merge` orders those of
-all splits.
+A group is GROUP slots beside each other, as good as its best member. The K best chunks lie in the K best groups: groups
+come in ascending order of slots, so that K groups before a group (a better best member, or an equal one in lower slots)
+are K chunks before every chunk of it. The same holds for NaN, which counts only where a group holds nothing else.
+
+`search` reduces each tile of scores to group maxima in registers and appends what reaches the bar, the K-th best so far,
+to lists in memory. When a list is full, `_compact` drops what is not among the best and raises the bar: some
+K * log(M / K) groups are ever written. `decide` scores the chunks of the K best groups again and puts them in order.
+
+Tensor cores leave a thread columns 8i + 2j and 8i + 2j + 1 of a row, j = 0..3 being its lane. Centroids are loaded in the
+order that makes these columns whole groups, and every lane of a row has its own list, a column of the list tensor, so
+that neither maxima nor entries ever move between threads.
 """
 # mypy: disallow-untyped-defs=False
 # (Kernel arguments are pointers and numbers that only the Triton compiler types.)
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,36 +26,66 @@ from torch import Tensor
 
 from longmem_kernels._triton import dot, ring_of_row
 
-# Below the key of -inf, -2139095041.
+# Scores as int32 in their order.
 KEY_MISSING = tl.constexpr(-(2**31))
 KEY_NAN = tl.constexpr(-(2**31) + 1)
-LAST_SLOT = tl.constexpr(2**31 - 1)
+KEY_LOWEST = tl.constexpr(-(2**31) + 0x7FFFFF)  # of -inf
+LAST = tl.constexpr(2**31 - 1)
 MISSING = tl.constexpr(-(2**63))  # a candidate whose key is KEY_MISSING
 
+NO_ENTRY = tl.constexpr(-1)
+
+GROUP = 8  # slots
+CHUNK = tl.constexpr(32)  # entries of a list that are looked at together
+SOME = tl.constexpr(8)  # and that are moved together
+# Compaction may leave this many groups more than K: a search for any number in a range ends sooner than for one.
+SLACK = tl.constexpr(8)
 # About two programs for each SM of the largest GPUs; below that, the slots are split among programs.
 PROGRAMS_WANTED = 256
-MERGE_WIDTH = 1024
+MERGE_WIDTH = 1024  # groups of all splits that `decide` orders at once
 
 
 @triton.jit
 def _key_of_score(score):
     """int32 in the order of the scores; -0 counts as +0."""
-    score = tl.where(score == 0.0, 0.0, score)
-    bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(score != score, KEY_NAN, key)
 
 
 @triton.jit
 def _score_of_key(key):
-    score = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+    score = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     score = tl.where(key == KEY_NAN, float("nan"), score)
     return tl.where(key == KEY_MISSING, float("-inf"), score)
 
 
+# An entry is a score above the number of a group, as appended. A candidate is a key above an inverted number: comparing
+# two of them gives the order of the op, higher score, lower number, numbers before NaN, NaN before nothing.
+
+
 @triton.jit
-def _pack(key, slot):
-    return (key.to(tl.int64) << 32) + (slot ^ LAST_SLOT).to(tl.int64)
+def _entry(score_bits, number):
+    return (score_bits.to(tl.int64) << 32) | number.to(tl.uint32).to(tl.int64)
+
+
+@triton.jit
+def _score_of_entry(entry):
+    """NaN for NO_ENTRY."""
+    return (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _reaches(entry, key, last):
+    """A higher key than `key`, or the same in a group up to `last`."""
+    number = entry.to(tl.int32)
+    its_key = _key_of_score(_score_of_entry(entry))
+    return (number >= 0) & ((its_key > key) | ((its_key == key) & (number <= last)))
+
+
+@triton.jit
+def _candidate(key, number):
+    return (key.to(tl.int64) << 32) | (number ^ LAST).to(tl.int64)
 
 
 @triton.jit
@@ -55,21 +94,128 @@ def _key_of(candidate):
 
 
 @triton.jit
-def _slot_of(candidate):
-    return (candidate & LAST_SLOT).to(tl.int32) ^ LAST_SLOT
+def _number_of(candidate):
+    return (candidate & LAST).to(tl.int32) ^ LAST
+
+
+@triton.jit
+def _columns(N: tl.constexpr):
+    """0..N-1, for a tensor of columns. To claim that no two are neighbours keeps loads from giving a thread two."""
+    return tl.max_contiguous(tl.arange(0, N), 1)
+
+
+@triton.jit
+def _sum_of_row(x, LANES: tl.constexpr):
+    """Column tensor [rows * LANES] -> the same, every lane holding the sum of its row."""
+    total = tl.sum(tl.reshape(x, [x.shape[0] // LANES, LANES]), axis=1)
+    return tl.reshape(tl.broadcast_to(total[:, None], [x.shape[0] // LANES, LANES]), x.shape)
+
+
+@triton.jit
+def _max_of_row(x, LANES: tl.constexpr):
+    most = tl.max(tl.reshape(x, [x.shape[0] // LANES, LANES]), axis=1)
+    return tl.reshape(tl.broadcast_to(most[:, None], [x.shape[0] // LANES, LANES]), x.shape)
+
+
+@triton.jit
+def _load_entries(p_list, first, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Entries `first` to `first + ENTRIES` of every list [ENTRIES, COLUMNS]."""
+    return tl.load(p_list + (first + tl.arange(0, ENTRIES))[:, None] * COLUMNS + _columns(COLUMNS)[None, :])
+
+
+@triton.jit
+def _clear(p_list, length, COLUMNS: tl.constexpr, CAPACITY: tl.constexpr):
+    """NO_ENTRY in every list from `length` on."""
+    for i in tl.static_range(CAPACITY):
+        tl.store(p_list + i * COLUMNS + _columns(COLUMNS), tl.full([COLUMNS], NO_ENTRY, tl.int64), mask=i >= length)
+
+
+@triton.jit
+def _compact(p_list, K, most, COLUMNS: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr):
+    """Drop entries until each row has K to `most` left, its best, or all it has, and set the bar.
+
+    Length and bar come and go through memory, behind the entries: returned, they would drag the layouts of this function
+    into the loop that calls it.
+    """
+    o_column = _columns(COLUMNS)
+    p_state = p_list + CAPACITY * COLUMNS + o_column
+    tl.debug_barrier()  # all that was appended is there
+    length = tl.load(p_state).to(tl.int32)
+    least = tl.full([COLUMNS], float("inf"), tl.float32)
+    largest = tl.full([COLUMNS], float("-inf"), tl.float32)
+    numbers = tl.zeros([COLUMNS], tl.int32)
+    for first in tl.static_range(0, CAPACITY, CHUNK):
+        score = _score_of_entry(_load_entries(p_list, first, CHUNK, COLUMNS))
+        least = tl.minimum(least, tl.min(score, axis=0))
+        largest = tl.maximum(largest, tl.max(score, axis=0))
+        numbers += tl.sum((score == score).to(tl.int32), axis=0)
+    numbers = _sum_of_row(numbers, LANES)
+    m_numbers = numbers >= K  # else NaN stays, too
+    found = tl.where(m_numbers, numbers, _sum_of_row(length, LANES))
+    low = tl.where(m_numbers, _key_of_score(-_max_of_row(-least, LANES)), KEY_NAN)
+    high = _key_of_score(_max_of_row(largest, LANES))
+
+    # Bisect for a key that K to `most` entries reach. At least K reach `low`, or all do; fewer reach `high + 1`.
+    m_search = m_numbers & (found > most) & (low < high)
+    while tl.max(m_search.to(tl.int32), axis=0) > 0:
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
+        reach = tl.zeros([COLUMNS], tl.int32)
+        for first in tl.static_range(0, CAPACITY, CHUNK):
+            score = _score_of_entry(_load_entries(p_list, first, CHUNK, COLUMNS))
+            reach += tl.sum((score >= _score_of_key(middle)[None, :]).to(tl.int32), axis=0)
+        reach = _sum_of_row(reach, LANES)
+        m_enough = m_search & (reach >= K)
+        high = tl.where(m_search & (reach < K), middle - 1, high)
+        low = tl.where(m_enough, middle, low)
+        found = tl.where(m_enough, reach, found)
+        m_search = m_search & (found > most) & (low < high)
+
+    # What is still too many has the key `low`: bisect for the last group of it that stays.
+    last = tl.full([COLUMNS], LAST // 2, tl.int32)
+    before = tl.full([COLUMNS], -1, tl.int32)  # fewer than K stay up to this one
+    while tl.max(found, axis=0) > most:
+        middle = (before + last) >> 1
+        reach = tl.zeros([COLUMNS], tl.int32)
+        for first in tl.static_range(0, CAPACITY, CHUNK):
+            entry = _load_entries(p_list, first, CHUNK, COLUMNS)
+            reach += tl.sum(_reaches(entry, low[None, :], middle[None, :]).to(tl.int32), axis=0)
+        reach = _sum_of_row(reach, LANES)
+        m_search = found > most
+        before = tl.where(m_search & (reach < K), middle, before)
+        last = tl.where(m_search & (reach >= K), middle, last)
+        found = tl.where(m_search & (reach >= K), reach, found)
+
+    # Close the gaps, in place: an entry moves to where entries have been read already.
+    o_some = tl.arange(0, SOME)
+    left = tl.zeros([COLUMNS], tl.int32)
+    for first in range(0, CAPACITY, SOME):
+        some = _load_entries(p_list, first, SOME, COLUMNS)
+        for i in tl.static_range(SOME):
+            entry = tl.sum(tl.where(o_some[:, None] == i, some, 0), axis=0)
+            m_stay = _reaches(entry, low, last)
+            tl.store(p_list + left * COLUMNS + o_column, entry, mask=m_stay)
+            left += m_stay.to(tl.int32)
+    _clear(p_list, left, COLUMNS, CAPACITY)
+    bar = _score_of_key(tl.maximum(low + 1, KEY_LOWEST))
+    tl.store(p_state, _entry(bar.to(tl.int32, bitcast=True), left))
+    tl.debug_barrier()
 
 
 @triton.jit
 def chunk_topk_search_kernel(
-    p_query, p_centroid, p_count, p_ring_index, p_candidate,
+    p_query, p_centroid, p_count, p_ring_index, p_list, p_group,
     s_query_b, s_query_h, s_query_t, s_centroid_r, s_centroid_g, s_centroid_m,
-    H, G, T, R, M, splits,
+    H, G, T, R, M, K, splits,
     D: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Candidates [B, H, T, splits, BK] int64: the best of each split, in no order.
+    """The K best groups of each split, in no order: entries [B, H, T, splits, BK], NO_ENTRY where there are fewer.
 
-    The query heads of a group search the same centroids, so their queries are one list of H/G * T rows.
+    The query heads of a group search the same centroids, so their queries are one list of H/G * T rows. p_list is
+    scratch, [programs, CAPACITY + 1, BT * LANES].
     """
+    COLUMNS: tl.constexpr = BT * LANES
+    IN_TILE: tl.constexpr = BM // GROUP // LANES  # groups of one tile in a column
     rows = H // G * T
     blocks = tl.cdiv(rows, BT)
     pid = tl.program_id(0).to(tl.int64)
@@ -78,80 +224,175 @@ def chunk_topk_search_kernel(
     i_g = pid // blocks // splits % G
     i_b = pid // blocks // splits // G
     i_r = ring_of_row(p_ring_index, i_b, R)
+    p_list += pid * ((CAPACITY + 1) * COLUMNS)
 
-    o_row = i_block * BT + tl.arange(0, BT)
+    # A warp has 16 rows of a tile, a thread rows t and t + 8 of them. In this order a thread has queries q and q + BT / 2
+    # of the block, and four threads and their lists follow each other in memory.
+    o_t = tl.arange(0, BT)
+    o_row = i_block * BT + (o_t // 8 % 2) * (BT // 2) + o_t // 16 * 8 + o_t % 8
     o_d = tl.arange(0, BD)
-    o_m = tl.arange(0, BM)
-    o_k = tl.arange(0, BK)
     m_row = o_row < rows
     m_d = o_d < D
     o_h = i_g * (H // G) + o_row // T
     p_rows = p_query + i_b * s_query_b + o_h * s_query_h + o_row % T * s_query_t
     b_query = tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)  # [BT, BD]
-    p_tile = p_centroid + i_r * s_centroid_r + i_g * s_centroid_g + o_d[:, None]
+
+    # Tile column ((part * IN_TILE + i) * LANES + lane) * 2 + e holds member part * 2 + e of group i * LANES + lane.
+    o_c = tl.arange(0, BM)
+    o_group = o_c // (2 * LANES) % IN_TILE * LANES + o_c // 2 % LANES
+    o_slot = o_group * GROUP + o_c // (2 * LANES * IN_TILE) * 2 + o_c % 2
+    o_i = tl.arange(0, IN_TILE)
+    o_first = o_i[None, :, None] * LANES + tl.arange(0, LANES)[None, None, :]
 
     count = tl.minimum(tl.load(p_count + i_r), M)
-    per_split = tl.cdiv(tl.cdiv(count, BM), splits) * BM
-    begin = i_split * per_split
-    end = tl.minimum(begin + per_split, count)
+    tiles = tl.cdiv(count, BM)
+    per_split = tl.cdiv(tiles, splits)
+    first_tile = tl.minimum(i_split * per_split, tiles)
+    end_tile = tl.minimum(first_tile + per_split, tiles)
+    s_tile = tl.cast(s_centroid_m, tl.int64) * BM
 
-    # The running best, all missing at first, each different so that exactly one of them is replaced at a time.
-    b_kept = tl.zeros([BT, BK], tl.int64) + _pack(tl.full([BK], KEY_MISSING, tl.int32), o_k)[None, :]
-    b_worst = tl.min(b_kept, axis=1)  # [BT]
-    for start in range(begin, end, BM):
-        o_slot = start + o_m
-        m_slot = o_slot < end
-        b_centroid = tl.load(
-            p_tile + o_slot.to(tl.int64)[None, :] * s_centroid_m, mask=m_d[:, None] & m_slot[None, :], other=0.0
-        )  # [BD, BM]
-        b_key = _key_of_score(dot(b_query, b_centroid))  # [BT, BM]
-        b_key = tl.where(m_row[:, None] & m_slot[None, :], b_key, KEY_MISSING)
+    o_column = _columns(COLUMNS)
+    length = tl.zeros([COLUMNS], tl.int32)
+    bar = tl.zeros([COLUMNS], tl.float32)
+    p_state = p_list + CAPACITY * COLUMNS + o_column  # bar above length, while `_compact` works
+    _clear(p_list, length, COLUMNS, CAPACITY)
+    tl.debug_barrier()
+    everything = True  # is appended until there is a bar
+    # Past the end the last slot is scored again, which changes no maximum of its group.
+    p_tile = p_centroid + i_r * s_centroid_r + i_g * s_centroid_g + first_tile * s_tile + o_d[:, None]
+    p_tile = p_tile + tl.minimum(o_slot, count - first_tile * BM - 1).to(tl.int64)[None, :] * s_centroid_m
+    b_next = tl.load(p_tile, mask=tl.where(first_tile < end_tile, m_d, False)[:, None], other=0.0)
+    for tile in range(first_tile, end_tile):
+        b_centroid = b_next  # [BD, BM]
+        # The next tile is on its way while this one is worked on: Triton does not pipeline loops with barriers.
+        left = count - tile * BM  # not tile * BM + slot < count: it may pass 2^31
+        p_tile += s_tile
+        if left < 2 * BM:
+            p_tile -= tl.maximum(o_slot - (left - BM - 1), 0).to(tl.int64)[None, :] * s_centroid_m
+        b_next = tl.load(p_tile, mask=tl.where(tile + 1 < end_tile, m_d, False)[:, None], other=0.0)
 
-        # Each round moves the best of the tile into the list, in every row where it beats the worst kept. An equal key
-        # does not: slots come in ascending order. Most tiles of a long memory need no round at all.
-        b_best, b_at = tl.max(b_key, axis=1, return_indices=True)
-        m_better = b_best > _key_of(b_worst)
-        while tl.max(m_better.to(tl.int32), axis=0) > 0:
-            b_new = _pack(b_best, start + b_at)
-            b_kept = tl.where(m_better[:, None] & (b_kept == b_worst[:, None]), b_new[:, None], b_kept)
-            b_worst = tl.min(b_kept, axis=1)
-            b_key = tl.where(o_m[None, :] == b_at[:, None], KEY_MISSING, b_key)
-            b_best, b_at = tl.max(b_key, axis=1, return_indices=True)
-            m_better = b_best > _key_of(b_worst)
+        b_score = tl.reshape(dot(b_query, b_centroid), [BT, GROUP // 2, IN_TILE, LANES, 2])
+        b_best = tl.max(tl.max(b_score, axis=4), axis=1)  # [BT, IN_TILE, LANES]; a number if there is one
+        if left < BM:  # groups that hold no slot: NaN is appended only with everything, and comes after what exists
+            b_best = tl.where(o_first * GROUP < left, b_best, float("nan"))
+        b_best = tl.reshape(b_best, [BT // 16, 2, 8, IN_TILE, LANES]).trans(1, 0, 2, 4, 3)
+        b_bits = tl.reshape(b_best, [COLUMNS, IN_TILE]).to(tl.int32, bitcast=True)
 
-    o_out = ((i_b * G + i_g) * rows + o_row) * splits + i_split
-    tl.store(p_candidate + o_out[:, None] * BK + o_k[None, :], b_kept, mask=m_row[:, None])
+        o_number = tile * (BM // GROUP) + o_column % LANES
+        for i in tl.static_range(IN_TILE):
+            bits = tl.sum(tl.where(o_i[None, :] == i, b_bits, 0), axis=1)  # column i: no work, it lies in registers
+            m_append = (bits.to(tl.float32, bitcast=True) >= bar) | everything
+            p_entry = p_list + length.to(tl.uint32) * COLUMNS + o_column
+            tl.store(p_entry, _entry(bits, o_number + i * LANES), mask=m_append)
+            length += m_append.to(tl.int32)
+
+        is_last = tile + 1 == end_tile
+        if (tl.max(length, axis=0) > CAPACITY - IN_TILE) | is_last:
+            most = tl.where(is_last, K, K + SLACK)
+            tl.store(p_state, length.to(tl.int64))
+            _compact(p_list, K, most, COLUMNS, LANES, CAPACITY)
+            state = tl.load(p_state)
+            length = state.to(tl.int32)
+            bar = _score_of_entry(state)
+            everything = False
+
+    # The lists of a row one after the other.
+    in_lanes = tl.reshape(length, [BT, LANES])
+    o_place = tl.reshape(tl.cumsum(in_lanes, axis=1) - in_lanes, [COLUMNS])
+    o_query = i_block * BT + o_column // LANES
+    p_best = p_group + (((i_b * G + i_g) * rows + o_query) * splits + i_split) * BK
+    m_query = o_query < rows
+    for i in range(K):
+        entry = tl.load(p_list + i * COLUMNS + o_column, mask=i < length, other=NO_ENTRY)
+        tl.store(p_best + o_place + i, entry, mask=m_query & (i < length))
+    for i in range(BK):
+        tl.store(p_best + i, tl.full([COLUMNS], NO_ENTRY, tl.int64), mask=m_query & (i >= _sum_of_row(length, LANES)))
 
 
 @triton.jit
-def chunk_topk_merge_kernel(
-    p_candidate, p_ids, p_scores, rows, K, BT: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr
-):  # fmt: skip
-    """The best K of BW candidates per row, in order; ids and scores [rows, K]."""
-    o_row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    m_row = o_row < rows
-    o_w = tl.arange(0, BW)
+def _best(candidate, K, BK: tl.constexpr):
+    """The K largest of each row, in order: [rows, BK], MISSING from K on. Candidates differ, missing ones apart."""
     o_k = tl.arange(0, BK)
-    b_candidate = tl.load(p_candidate + o_row[:, None] * BW + o_w[None, :], mask=m_row[:, None], other=0)
-    b_sorted = tl.zeros([BT, BK], tl.int64)
+    best = tl.full([candidate.shape[0], BK], MISSING, tl.int64)
     for i in range(K):
-        b_best = tl.max(b_candidate, axis=1)
-        b_sorted = tl.where(o_k[None, :] == i, b_best[:, None], b_sorted)
-        b_candidate = tl.where(b_candidate == b_best[:, None], MISSING, b_candidate)
+        largest = tl.max(candidate, axis=1)[:, None]
+        best = tl.where(o_k[None, :] == i, largest, best)
+        candidate = tl.where(candidate == largest, MISSING, candidate)
+    return best
 
-    b_key = _key_of(b_sorted)
-    b_id = tl.where(b_key == KEY_MISSING, -1, _slot_of(b_sorted))
-    o_out = o_row[:, None] * K + o_k[None, :]
+
+@triton.jit
+def chunk_topk_decide_kernel(
+    p_query, p_centroid, p_count, p_ring_index, p_group, p_ids, p_scores,
+    s_query_b, s_query_h, s_query_t, s_centroid_r, s_centroid_g, s_centroid_m,
+    H, G, T, R, M, K,
+    D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The best K chunks of the K best groups per query, in order: ids and scores [B, H, T, K]. BW = splits * BK."""
+    rows = H // G * T
+    row_blocks = tl.cdiv(rows, BR)
+    pid = tl.program_id(0).to(tl.int64)
+    o_row = pid % row_blocks * BR + tl.arange(0, BR)
+    i_g = pid // row_blocks % G
+    i_b = pid // row_blocks // G
+    i_r = ring_of_row(p_ring_index, i_b, R)
+    m_row = o_row < rows
+    o_k = tl.arange(0, BK)
+
+    o_w = tl.arange(0, BW)
+    p_entry = p_group + ((i_b * G + i_g) * rows + o_row[:, None]) * BW + o_w[None, :]
+    entry = tl.load(p_entry, mask=m_row[:, None], other=NO_ENTRY)
+    number = entry.to(tl.int32)
+    b_group = tl.where(number < 0, MISSING, _candidate(_key_of_score(_score_of_entry(entry)), number))
+    if BW > BK:
+        b_group = _best(b_group, K, BK)
+
+    # Their chunks.
+    o_slot = _number_of(b_group).to(tl.int64)[:, :, None] * GROUP + tl.arange(0, GROUP)
+    m_slot = (b_group != MISSING)[:, :, None] & (o_slot < tl.load(p_count + i_r))
+    o_slot = tl.reshape(o_slot, [BR, BK * GROUP])
+    m_slot = tl.reshape(m_slot, [BR, BK * GROUP])
+    p_slot = p_centroid + i_r * s_centroid_r + i_g * s_centroid_g + o_slot * s_centroid_m
+    o_h = i_g * (H // G) + o_row // T
+    p_rows = p_query + i_b * s_query_b + o_h * s_query_h + o_row % T * s_query_t
+    b_score = tl.zeros([BR, BK * GROUP], tl.float32)
+    for d in tl.static_range(0, D, BD):
+        o_d = d + tl.arange(0, BD)
+        b_query = tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None], other=0.0).to(tl.float32)
+        b_centroid = tl.load(p_slot[:, :, None] + o_d[None, None, :], mask=m_slot[:, :, None], other=0.0)
+        b_score += tl.sum(b_query[:, None, :] * b_centroid.to(tl.float32), axis=2)
+
+    b_chunk = tl.where(m_slot, _candidate(_key_of_score(b_score), o_slot.to(tl.int32)), MISSING)
+    b_chunk = _best(b_chunk, K, BK)
+    b_key = _key_of(b_chunk)
+    b_id = tl.where(b_key == KEY_MISSING, -1, _number_of(b_chunk))
+    o_out = (i_b * H * T + i_g * rows + o_row[:, None]) * K + o_k[None, :]
     m_out = m_row[:, None] & (o_k < K)[None, :]
     tl.store(p_ids + o_out, b_id, mask=m_out)
     tl.store(p_scores + o_out, _score_of_key(b_key), mask=m_out)
 
 
-def search_tiles(dtype: torch.dtype) -> tuple[int, int, int]:
-    """BT queries, BM slots and warps of the search kernel for scores computed in `dtype`: without register spills."""
+import os
+EXTRA = eval(os.environ.get('EXTRA','{}'))
+
+class Tiles(NamedTuple):
+    """Tile sizes of `search`: BT queries, BM slots."""
+
+    BT: int
+    BM: int
+    lanes: int
+    num_warps: int
+
+
+def search_tiles(dtype: torch.dtype, rows: int) -> Tiles:
+    """For scores computed in `dtype` and `rows` queries that search the same centroids."""
     if dtype == torch.float32:
-        return 32, 32, 4
-    return 64, 64, 8
+        return Tiles(BT=32 if rows > 16 else 16, BM=32, lanes=1, num_warps=4)
+    if rows > 64:
+        return Tiles(BT=128, BM=128, lanes=4, num_warps=8)
+    if rows > 16:
+        return Tiles(BT=64, BM=128, lanes=4, num_warps=4)
+    return Tiles(BT=16, BM=128, lanes=4, num_warps=4)  # tl.dot needs 16 rows
 
 
 def chunk_topk_triton(
@@ -165,21 +406,29 @@ def chunk_topk_triton(
     if ids.numel() == 0:
         return ids, scores
 
-    BT, BM, num_warps = search_tiles(query.dtype if query.dtype == centroid.dtype else torch.float32)
-    BT = min(BT, max(16, triton.next_power_of_2(H // G * T)))  # tl.dot needs 16 rows
+    rows = H // G * T
+    BT, BM, lanes, num_warps = search_tiles(query.dtype if query.dtype == centroid.dtype else torch.float32, rows)
     BK = max(2, triton.next_power_of_2(k))
-    blocks = B * G * triton.cdiv(H // G * T, BT)
-    most = min(max(PROGRAMS_WANTED // blocks, 1), triton.cdiv(M, BM), MERGE_WIDTH // BK)
+    # A list must hold K + SLACK entries and what one more tile appends.
+    capacity = triton.cdiv(k + SLACK.value + BM // GROUP // lanes, CHUNK.value) * CHUNK.value
+    blocks = triton.cdiv(rows, BT)
+    most = min(max(PROGRAMS_WANTED // (B * G * blocks), 1), triton.cdiv(M, BM), MERGE_WIDTH // BK)
     splits = 1 << (most.bit_length() - 1)
-    candidate = query.new_empty((B, H, T, splits, BK), dtype=torch.int64)
-    BR = max(1, MERGE_WIDTH // (splits * BK))
+    programs = B * G * splits * blocks
+    scratch = query.new_empty((programs, capacity + 1, BT * lanes), dtype=torch.int64)
+    groups = query.new_empty((B, H, T, splits, BK), dtype=torch.int64)
+    strides = (*query.stride()[:3], *centroid.stride()[:3])
+    BR = max(1, min(triton.next_power_of_2(rows), 512 // max(splits * BK, BK * GROUP)))
     with torch.cuda.device_of(query):
-        chunk_topk_search_kernel[(blocks * splits,)](
-            query, centroid, count, ring_index, candidate, *query.stride()[:3], *centroid.stride()[:3],
-            H, G, T, R, M, splits,
-            D=D, BT=BT, BM=BM, BD=triton.next_power_of_2(D), BK=BK, num_warps=num_warps,
+        chunk_topk_search_kernel[(programs,)](
+            query, centroid, count, ring_index, scratch, groups, *strides,
+            H, G, T, R, M, k, splits,
+            D=D, BT=BT, BM=BM, BD=triton.next_power_of_2(D), BK=BK, GROUP=GROUP, LANES=lanes, CAPACITY=capacity,
+            num_warps=num_warps, **EXTRA,
         )  # fmt: skip
-        chunk_topk_merge_kernel[(triton.cdiv(B * H * T, BR),)](
-            candidate, ids, scores, B * H * T, k, BT=BR, BW=splits * BK, BK=BK, num_warps=4
-        )
+        chunk_topk_decide_kernel[(B * G * triton.cdiv(rows, BR),)](
+            query, centroid, count, ring_index, groups, ids, scores, *strides,
+            H, G, T, R, M, k,
+            D=D, BR=BR, BD=16, BW=splits * BK, BK=BK, GROUP=GROUP, num_warps=4,
+        )  # fmt: skip
     return ids, scores
