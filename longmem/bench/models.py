@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.huggingface import huggingface_backbone
-from ..backbones.load import default_memory_layer
+from ..backbones.load import default_memory_layers
 from ..config import LongMemConfig
 from ..memory import MemoryBank
 from ..model import LongMem
@@ -74,7 +74,7 @@ def draw(op: str, shape: Shape, device: torch.device, seed: int = 0) -> ModelInp
     network = _network(shape).to(device=device, dtype=dtype).eval()
     backbone = huggingface_backbone(network, shape.model)
     config = LongMemConfig(
-        memory_layer=default_memory_layer(backbone),
+        memory_layers=default_memory_layers(backbone),
         chunk_size=shape.C,
         chunks_per_query=shape.K,
         memory_tokens=shape.M * shape.C,

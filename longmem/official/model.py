@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longmem.backbones.layers import DecoderLayer, Fuse, alibi_slopes, merge_heads
+from longmem.backbones.layers import DecoderLayer, Fuse, Positions, alibi_slopes, merge_heads
 from longmem.backbones.paper_gpt import PaperGPTConfig, paper_gpt
 from longmem_kernels.fairseq import External_Memory
 from longmem_kernels.fairseq.fusion import local_attention, retrieved_attention
@@ -198,7 +198,7 @@ class OfficialLongMem(nn.Module):
         stored: dict[str, Tensor] = {}
 
         def attend_and_keep(*arguments: Any) -> Tensor:
-            _, _, _, stored["k"], stored["v"], _ = arguments
+            stored["k"], stored["v"] = arguments[3:5]
             return attend(*arguments)
 
         depth = max(config.sidenet_layers * config.layer_reduction_factor, config.retrieval_layer_index + 1)
@@ -215,7 +215,13 @@ class OfficialLongMem(nn.Module):
         dropout_p = self._attention_dropout(frozen)
 
         def fuse(
-            normed: Tensor, query: Tensor, unrotated_query: Tensor, key: Tensor, value: Tensor, layer: DecoderLayer
+            normed: Tensor,
+            query: Tensor,
+            unrotated_query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            layer: DecoderLayer,
+            positions: Positions,
         ) -> Tensor:
             slopes = layer.slopes if bias is None else None
             attended = local_attention(query, key, value, slopes=slopes, bias=bias, dropout_p=dropout_p)
@@ -228,7 +234,13 @@ class OfficialLongMem(nn.Module):
         dropout_p = self._attention_dropout()
 
         def fuse(
-            normed: Tensor, query: Tensor, unrotated_query: Tensor, key: Tensor, value: Tensor, layer: DecoderLayer
+            normed: Tensor,
+            query: Tensor,
+            unrotated_query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            layer: DecoderLayer,
+            positions: Positions,
         ) -> Tensor:
             found = self.memory.retrieve(query.permute(2, 0, 1, 3).flatten(2))["tgt_index"]
             slopes = layer.slopes if bias is None else None
