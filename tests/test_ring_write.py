@@ -106,9 +106,7 @@ def test_any_sequence_of_writes_resets_and_searches_finds_what_the_list_model_fi
 
         k = data.draw(st.integers(1, 12), "k")
         query = integers(rows, 4, 2, ring.head_dim)  # two query heads for each key/value head
-        ids, scores = chunk_topk(
-            query.to(device), ring.centroid, k, count=ring.count(), ring_index=index, impl=search
-        )
+        ids, scores = chunk_topk(query.to(device), ring.centroid, k, count=ring.count(), ring_index=index, impl=search)
         for row, head, token in product(range(rows), range(4), range(2)):
             wanted = best_chunks(models[int(index[row])], query[row, head, token], head // 2, k)
             assert (ids[row, head, token].tolist(), scores[row, head, token].tolist()) == wanted
@@ -250,9 +248,7 @@ def test_operator_passes_opcheck(masked: bool, storage: torch.dtype) -> None:
 
 @pytest.mark.parametrize("storage", [torch.float32, FLOAT8])
 @pytest.mark.parametrize("compiled_implementation", ["auto", "reference", "cpp"])
-def test_writing_then_searching_compiles_into_one_graph(
-    compiled_implementation: str, storage: torch.dtype
-) -> None:
+def test_writing_then_searching_compiles_into_one_graph(compiled_implementation: str, storage: torch.dtype) -> None:
     def write_and_search(
         store: Tensor, centroid: Tensor, tail: Tensor, cursor: Tensor, scale: Tensor | None, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:

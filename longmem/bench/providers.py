@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,8 @@ def attention(inputs: FusionInputs, attend: Callable[..., Tensor], *, backward: 
 
 
 def copy_of(ring: Ring) -> Ring:
-    parts = {part.name: getattr(ring, part.name) for part in fields(ring)}
-    return Ring(**{name: None if tensor is None else tensor.clone() for name, tensor in parts.items()})
+    scale = None if ring.scale is None else ring.scale.clone()
+    return Ring(ring.store.clone(), ring.centroid.clone(), ring.tail.clone(), ring.cursor.clone(), scale)
 
 
 def contents(ring: Ring) -> tuple[Tensor, ...]:
