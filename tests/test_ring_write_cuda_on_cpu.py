@@ -150,6 +150,9 @@ def check_sequence(
         for ours in (forwards, backwards):
             write(kernel, ours, key, value, index, mask, backwards=ours is backwards)
             assert_same(ours, wanted)
+        if tokens == 7:  # from here on, rings are not in step
+            for ring in (forwards, backwards, wanted):
+                ring.reset(torch.arange(rings) == 1)
 
 
 @pytest.mark.parametrize("masked", [False, True])

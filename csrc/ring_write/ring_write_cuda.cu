@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "common/scalar_convert.h"
@@ -210,7 +211,7 @@ struct ChunkPart {
           total[i] += x;
           if constexpr (kQuantised) {
             const unsigned magnitude = bits_of(x) & 0x7fffffffu;
-            largest = largest > magnitude ? largest : magnitude;
+            largest = max(largest, magnitude);
           }
         }
       });
@@ -224,8 +225,7 @@ struct ChunkPart {
     if constexpr (kQuantised) {
       const unsigned group = (~0u >> (32 - lanes)) << (threadIdx.x % 32 / lanes * lanes);
       for (int step = lanes / 2; step > 0; step /= 2) {
-        const unsigned other = __shfl_xor_sync(group, largest, step);
-        largest = largest > other ? largest : other;
+        largest = max(largest, __shfl_xor_sync(group, largest, step));
       }
       quantise(e4m3_scale(largest), to);
       if (lane == 0) *scale = e4m3_scale(largest);
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
 int64_t chunks_per_ring(const RingWriteParams& p) {
   const bool owned = p.ring_index == nullptr && p.R == p.B;
   const int64_t chunks = (owned ? p.T : p.B * p.T) / p.C + 1;
-  return chunks < p.M ? chunks : p.M;
+  return std::min(chunks, p.M);
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -360,13 +360,12 @@ template <typename Input, typename Storage, int W>
 void launch(const RingWriteParams& p, cudaStream_t stream) {
   const int64_t chunks = chunks_per_ring(p);
   Layout layout;
-  layout.tile = static_cast<int>(kTileTokens / p.C < chunks ? kTileTokens / p.C : chunks);
+  layout.tile = static_cast<int>(std::min(kTileTokens / p.C, chunks));
   layout.lanes = 1;
   while (layout.lanes < 32 && layout.lanes * W < p.D) layout.lanes *= 2;
-  const int64_t tiles = (chunks + layout.tile - 1) / layout.tile, most = kMaxBlocks / p.G;
-  layout.blocks = static_cast<int>(tiles < most ? tiles : most);
-  const int wanted = (2 * layout.tile * layout.lanes + 31) / 32 * 32;
-  const unsigned threads = wanted < kMaxThreads ? wanted : kMaxThreads;
+  const int64_t tiles = (chunks + layout.tile - 1) / layout.tile;
+  layout.blocks = static_cast<int>(std::min({tiles, kMaxBlocks / p.G, INT32_MAX / p.R}));
+  const unsigned threads = std::min((2 * layout.tile * layout.lanes + 31) / 32 * 32, kMaxThreads);
   const dim3 grid(static_cast<unsigned>(p.R * layout.blocks), static_cast<unsigned>(p.G));
   ring_write_kernel<Input, Storage, W><<<grid, threads, 0, stream>>>(p, layout);
 }
@@ -395,8 +394,7 @@ void launch(const RingWriteParams& p, Scalar storage, cudaStream_t stream) {
 
 const char* ring_write_cuda(const RingWriteParams& p, Scalar input, Scalar storage, void* stream) {
   // Said before anything has changed.
-  if (p.G > kMaxBlocks || p.R * (kMaxBlocks / p.G) > INT32_MAX)
-    return "too many rings or heads for one launch";
+  if (p.G > kMaxBlocks || p.R > INT32_MAX) return "too many rings or heads for one launch";
   if (p.B * p.T > kMaxTokens) return "too many tokens for one launch";
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   switch (input) {

@@ -32,8 +32,9 @@ def ring_write(
     """Append T tokens per row to the rows' rings, in place, on the ring's device, without a host sync.
 
     Every C tokens a chunk closes into slot `chunk_number % M`, overwriting the oldest; its centroid is the mean of its
-    keys, rounded as the ring keeps tokens and summed in order in float32. Writing in pieces leaves exactly what writing at once leaves. Rows that
-    share a ring are appended in row order. (LongMem, section 2: the cached memory bank is updated after each segment.)
+    keys, rounded as the ring keeps tokens and summed in order in float32. Writing in pieces leaves exactly what writing
+    at once leaves. Rows that share a ring are appended in row order. (LongMem, section 2: the cached memory bank is
+    updated after each segment.)
 
     Args:
         ring: the memory, changed in place.
@@ -47,7 +48,7 @@ def ring_write(
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what was wanted and what came.
-        RuntimeError: `impl` cannot run here.
+        RuntimeError: `impl` cannot run here; or, on CUDA, more than 2^30 tokens or 65,535 heads in one call.
     """
     op = "ring_write"
     if not isinstance(ring, Ring):
