@@ -270,6 +270,7 @@ def _sidenet_layer(config: OfficialConfig) -> DecoderLayer:
         value=value,
         output=output,
         mlp=nn.Sequential(*mlp),
+        parallel=True,
         slopes=alibi_slopes(config.heads),
     )
 
