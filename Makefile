@@ -1,5 +1,6 @@
 # make quickstart   sets everything up, trains a memory around SmolLM2-135M on real texts, prints what it is worth
 # make test         sets everything up, runs all tests
+# make bench        every table and plot for this machine, kept under benchmarks/results; make readme puts them into README
 # Settings: PYTHON=python3.12, TORCH=torch==2.11.0 (any 2.11 or later), ARGS="--data my-texts" for quickstart.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 CXX_FILES = $(filter csrc/%,$(SOURCES)) tests/cuda_on_cpu.h
 SOURCES := setup.py pyproject.toml longmem_kernels/_version.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: quickstart test lint format bench clean
+.PHONY: quickstart test lint format bench readme clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/longmem quickstart $(ARGS)
@@ -30,7 +31,10 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/longmem bench all --keep --plots out/bench --minutes 18 $(ARGS)
+
+readme: $(VENV)/installed
+	$(BIN)/python -m benchmarks.readme
 
 # PyTorch first and pinned: what follows must not choose another one, and the extension is built against it.
 $(VENV)/installed: $(SOURCES)

@@ -24,9 +24,10 @@ import pytest
 import torch
 
 from longmem.bench import environment
-from longmem.bench.measure import Case, CoreClock, GateError, Row, Unavailable, rounds_within, summarise
+from longmem.bench.measure import Case, GateError, Row, Unavailable
 from longmem.bench.providers import Provider, providers
 from longmem.bench.shapes import Shape, shapes_for
+from longmem.bench.timing import Call, wall_times
 
 _SECONDS_PER_PROVIDER = 1.0
 _NOT_TIMED = pytest.StashKey[list[Row]]()
@@ -73,20 +74,20 @@ def run_benchmark(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[s
     def run(op: str, shape: Shape, provider: Provider) -> None:
         case = _case(op, shape, request.config.getoption("--device"))
         benchmark.group = f"{op} [{shape.describe(op)} {shape.dtype_name}]"
+
+        def clock(call: Call, rounds: int) -> list[float]:
+            benchmark.pedantic(call, rounds=rounds, iterations=1)
+            # None under --benchmark-disable, which runs a call once
+            return wall_times(call, 2) if benchmark.stats is None else list(benchmark.stats.stats.data)
+
         try:
-            call = case.timed(case.admit(provider))
+            row = case.measure(provider, seconds=_SECONDS_PER_PROVIDER, clock=clock)
         except (Unavailable, GateError) as why:
-            not_timed.append(case.row(provider, reason=str(why)))
+            not_timed.append(case.refused(provider, why))
             if isinstance(why, Unavailable):
                 pytest.skip(str(why))
             raise
-        peak = case.peak_bytes(provider, call)
-        rounds = rounds_within(call, _SECONDS_PER_PROVIDER)
-        with CoreClock() as clock:
-            benchmark.pedantic(call, rounds=rounds, iterations=1)
-        if benchmark.stats is not None:  # None under --benchmark-disable
-            taken = summarise(benchmark.stats.stats.data)
-            benchmark.extra_info.update(case.row(provider, peak_bytes=peak, cores=clock.cores, **taken).as_dict())
+        benchmark.extra_info.update(row.as_dict())
 
     return run
 

@@ -25,7 +25,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     print(f"{result.headline()}\n\n{table(result.rows)}")
     if arguments.plot is not None:
-        print(f"\n{plot([row for row in result.rows if not row.sweep], arguments.plot)}")
+        print(f"\n{plot([row for row in result.rows if not row.sweep], arguments.plot, date=result.date)}")
     if arguments.keep:
         print(f"\n{result.keep()}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from .backbones.load import default_memory_layers, load_backbone
 from .bench.cli import bench_app, profile_app
+from .bench.environment import restart_with_quiet_threads
 from .config import LongMemConfig
 from .console import (
     announce,
@@ -186,6 +188,8 @@ def quickstart(
 
 def main() -> None:
     """Entry point: errors that a person can do something about are printed, not traced."""
+    if sys.argv[1:2] in (["bench"], ["profile"]):
+        restart_with_quiet_threads()
     try:
         app()
     except (ValueError, FetchError, FloatingPointError, OSError) as error:

@@ -4,16 +4,18 @@
 #   tools/gpu_check.sh                          all steps
 #   tools/gpu_check.sh build tests              chosen ones of: build tests sanitize bench
 #
-# Logs and results go to ${OUT:-out/gpu_check}: one log per step, bench.json, bench.png, summary.json. A failed step does
-# not stop the next one. Exit status: 0 all passed, 1 a step failed, 2 no GPU or wrong arguments.
+# Logs and results go to ${OUT:-out/gpu_check}: one log per step, bench.json, plots, traces, summary.json. A failed step
+# does not stop the next one. Exit status: 0 all passed, 1 a step failed, 2 no GPU or wrong arguments.
 #
 #   PYTHON       interpreter of the environment to check (default python3)
 #   PIP_ARGS     more arguments for pip install, e.g. --user, or --break-system-packages in a throw-away container
-#   BENCH_ARGS   more arguments for pytest benchmarks/, e.g. --small
+#   BENCH_ARGS   more arguments for longmem bench all, e.g. --scale small
 #   LIMIT        seconds that one step may take (default 600)
 #   WHEELS       folder of wheels to install from first (default out/wheels), for a machine without a package index:
 #                pip download -d out/wheels --python-version 3.12 --only-binary :all: expecttest filelock hypothesis \
 #                  matplotlib safetensors tqdm typer
+#                FlashLib is measured as well when its wheel lies there (pip download --no-deps flashlib), FAISS when a
+#                build for GPUs is installed.
 # shellcheck disable=SC2329  # steps are called by name, at the end
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
@@ -82,6 +84,9 @@ step_build() {
     run wheels "$python" -m pip install --no-index --find-links "$wheels" "${pip_args[@]}" \
       expecttest filelock hypothesis matplotlib safetensors tqdm typer
   fi
+  if compgen -G "$wheels/flashlib-*.whl" >/dev/null; then
+    run flashlib "$python" -m pip install --no-index --no-deps --find-links "$wheels" "${pip_args[@]}" flashlib
+  fi
   run requirements "$python" -c \
     "import expecttest, filelock, hypothesis, matplotlib, pybind11, pytest, pytest_benchmark, safetensors, transformers, typer"
   run build env PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -105,10 +110,13 @@ step_sanitize() {
 }
 
 step_bench() {
-  run bench "$python" -m pytest benchmarks -q --device cuda --benchmark-json "$out/bench.json" "${bench_args[@]}"
-  run bench_report "$python" -m benchmarks.report "$out/bench.json" --plot "$out/bench.png" --keep
+  # Base shapes come first: the time limit cuts sweeps.
+  run bench "$python" -m longmem.cli bench all --device cuda --minutes 7 --json "$out/bench.json" --plots "$out/plots" \
+    --keep "${bench_args[@]}"
+  run profile "$python" -m longmem.cli profile retrieval --device cuda --out "$out/profile"
   cp -r benchmarks/results "$out/"
-  cat "$out/bench_report.log" # the tables
+  tr '\r' '\n' <"$out/bench.log" | grep -v '^bench: ' # the tables, without the progress bar
+  cat "$out/profile.log"
 }
 
 run device bash -c "nvidia-smi; nvcc --version; '$python' -m torch.utils.collect_env; exit 0"

@@ -83,7 +83,7 @@ def _answer(
     if keep:
         typer.echo(f"wrote {result.keep()}", err=True)
     if plots is not None:
-        for path in draw(rows, plots):
+        for path in draw(rows, plots, result.date):
             typer.echo(f"wrote {path}", err=True)
     wrong = [row for row in rows if row.wrong and row.ours]
     for row in wrong:
@@ -101,7 +101,7 @@ def _announce(device: torch.device) -> None:
         typer.echo(f"{device}: copies {copy}, multiplies {name} matrices at {matmul}", err=True)
 
 
-def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+def draw(rows: Sequence[Row], folder: Path, date: str) -> list[Path]:
     """A PNG of bars per operation, and one of lines for its sweeps."""
     written = []
     for op in dict.fromkeys(row.op for row in rows):
@@ -111,7 +111,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             ("sweeps", plot_sweeps, [row for row in mine if row.sweep]),
         ):
             if any(row.median_ms is not None for row in chosen):
-                written.append(draws(chosen, folder / f"{op}-{kind}.png"))
+                written.append(draws(chosen, folder / f"{op}-{kind}.png", date=date))
     return written
 
 

@@ -22,7 +22,6 @@ from .timing import (
     MAX_ROUNDS,
     Call,
     CoreClock,
-    Times,
     cuda_times,
     median_ms,
     rounds_within,
@@ -37,6 +36,8 @@ def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
+
+_HOST_ROUNDS = 20
 
 Clock = Callable[[Call, int], list[float]]
 """From a call and a number of rounds to the seconds that each round took."""
@@ -54,7 +55,8 @@ class Row:
         bound: computes less than the operation, or something near it.
         wrong: refused by the gate, or failed where it should run; `reason` says how.
         median_ms, p20_ms, p80_ms, p95_ms, p99_ms: time per operation; on CUDA with a cold L2 cache.
-        warm_ms, graph_ms: CUDA only: median with a warm L2 cache, and replayed as a CUDA graph (cold).
+        warm_ms, graph_ms, host_ms: CUDA only: median with a warm L2 cache; replayed as a CUDA graph (cold); by the
+            host's clock from the call to the end of the device's work (warm).
         cores: processor time over wall time while the rounds ran: rows of one table that got different shares of a busy
             machine do not compare.
         peak_bytes: extra memory at the peak of one run; None where it could not be measured.
@@ -83,6 +85,7 @@ class Row:
     p99_ms: float | None = None
     warm_ms: float | None = None
     graph_ms: float | None = None
+    host_ms: float | None = None
     rounds: int = 0
     cores: float | None = None
     peak_bytes: int | None = None
@@ -156,7 +159,7 @@ class Case:
 
         Args:
             rounds: default as many as take about `seconds`.
-            clock: on the CPU, what runs and times the rounds.
+            clock: what runs and times the rounds by the host's clock.
 
         Raises:
             Unavailable, GateError: see `admit`.
@@ -166,22 +169,23 @@ class Case:
         peak = self._peak_bytes(provider, call)
         most = LATENCY_ROUNDS if self.shape.T == 1 else MAX_ROUNDS
         count = rounds_within(call, seconds, most) if rounds is None else rounds
-        with CoreClock() as cores:
-            if self.device.type == "cuda":
-                graphable = provider.graphable and prepared.graphable and prepared.repeat == 1
-                times = cuda_times(prepared.run, self.device, count, graphable=graphable)
-            else:
-                times = Times(clock(call, count))
         each = prepared.repeat
-        summary = summarise([taken / each for taken in times.cold])
-        warm, graph = (median_ms(part) for part in (times.warm, times.graph))
+        with CoreClock() as cores:
+            host = clock(call, count if self.device.type == "cpu" else min(count, _HOST_ROUNDS))
+        numbers: dict[str, Any] = {}
+        taken = host
+        if self.device.type == "cuda":
+            graphable = provider.graphable and prepared.graphable and each == 1
+            times = cuda_times(prepared.run, self.device, count, graphable=graphable)
+            taken = times.cold
+            for name, seconds_taken in (("host_ms", host), ("warm_ms", times.warm), ("graph_ms", times.graph)):
+                numbers[name] = median_ms(seconds_taken, each)
         return self.row(
             provider,
-            **summary,
+            **summarise([one / each for one in taken]),
+            **numbers,
             **self._least(),
-            warm_ms=warm if warm is None else warm / each,
-            graph_ms=graph,
-            cores=cores.cores,
+            cores=cores.cores if self.device.type == "cpu" else None,
             peak_bytes=peak,
             note=prepared.note,
         )

@@ -15,8 +15,11 @@ _LINES = ("#5b7db1", "#c0713c", "#8c5aa8", "#3c9aa8", "#a83c5a", "#7a7a2e", "#55
 _MARKERS = "osD^vPX"
 
 
-def plot(rows: Sequence[Row], path: str | Path) -> Path:
+def plot(rows: Sequence[Row], path: str | Path, *, date: str = "") -> Path:
     """Draw one panel of bars per shape into a PNG and return its path; points of sweeps are shapes as others.
+
+    Args:
+        date: when the rows were measured, for the picture to say.
 
     Raises:
         ValueError: no row has a time.
@@ -31,11 +34,11 @@ def plot(rows: Sequence[Row], path: str | Path) -> Path:
     axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for panel, group in zip(axes, groups, strict=True):
         _bars(panel, group)
-    return _save(figure, path)
+    return _save(figure, path, groups[0][0], date)
 
 
-def plot_sweeps(rows: Sequence[Row], path: str | Path) -> Path:
-    """Draw one panel of lines per sweep into a PNG, both axes logarithmic, and return its path.
+def plot_sweeps(rows: Sequence[Row], path: str | Path, *, date: str = "") -> Path:
+    """Draw one panel of lines per sweep into a PNG, both axes logarithmic, and return its path. `date`: as in `plot`.
 
     Raises:
         ValueError: no sweep has a time.
@@ -59,15 +62,16 @@ def plot_sweeps(rows: Sequence[Row], path: str | Path) -> Path:
         _lines(panel, op, sweep, points, styles)
     for panel in axes[len(found) :]:
         panel.set_axis_off()
-    first = next(iter(found.values()))[0][0]
-    figure.suptitle(title(first).split("] on ", 1)[1] + f", {first.dtype}", fontsize=9)
-    return _save(figure, path)
+    return _save(figure, path, next(iter(found.values()))[0][0], date)
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def _save(figure: Any, path: str | Path, row: Row, date: str) -> Path:
+    """Write the PNG with what its numbers depend on as its title and its description."""
+    about = title(row).split("] on ", 1)[1] + (f", {date}" if date else "")
+    figure.suptitle(f"{about}, {row.dtype}", fontsize=9)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Description": about})
     return path
 
 
@@ -105,7 +109,8 @@ def _bars(panel: Any, group: list[Row]) -> None:
     legend = "ms, median; whiskers p20 - p80;  x: the fastest baseline's time over ours;  * a bound: less, or near"
     panel.set_xlabel("\n".join([legend, *_not_timed(group)]), fontsize=7, loc="left")
     panel.tick_params(axis="x", labelsize=7)
-    panel.set_title("\n".join(textwrap.wrap(title(group[0]), 88)), fontsize=8, loc="left")
+    heading = textwrap.wrap(f"{group[0].op} [{group[0].shape} {group[0].dtype}]", 88)
+    panel.set_title("\n".join(heading), fontsize=8, loc="left")
     panel.spines[["top", "right"]].set_visible(False)
 
 
@@ -128,7 +133,7 @@ def _lines(panel: Any, op: str, sweep: str, points: list[list[Row]], styles: dic
             for row in point
             if name_of(row) == name and row.median_ms is not None
         ]
-        if not timed or timed[0][1].provider == "longmem reference":  # an oracle, not a contender
+        if not timed:
             continue
         sizes, times = [size for size, _ in timed], [row.median_ms for _, row in timed]
         ours, bound = timed[0][1].ours, timed[0][1].bound

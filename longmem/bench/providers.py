@@ -60,7 +60,7 @@ class Provider:
             memory), "copy", "distance" (nearest by squared distance), "backbone" (no memory).
         ours: an implementation of longmem_kernels.
         own_memory: allocates device memory that PyTorch does not see, so its peak on CUDA is not measured.
-        compiles: takes tens of seconds to start, so sweeps leave it out unless it is asked for by name.
+        unswept: why sweeps leave it out unless it is asked for by name; None where they do not.
         graphable: its launches can be captured in a CUDA graph.
     """
 
@@ -70,7 +70,7 @@ class Provider:
     computes: str = "op"
     ours: bool = False
     own_memory: bool = False
-    compiles: bool = False
+    unswept: str | None = None
     graphable: bool = False
 
 
@@ -153,8 +153,9 @@ def _ours(op: str, impl: str) -> Provider:
         return _prepare_attention(inputs, impl, backward=op.endswith("_backward"))
 
     name = "longmem" if impl == "auto" else f"longmem {impl}"
+    unswept = "a specification" if impl == "reference" else None
     graphable = impl in ("auto", "cuda", "triton") and not op.endswith("_backward")
-    return Provider(name, prepare, unavailable, ours=True, graphable=graphable)
+    return Provider(name, prepare, unavailable, ours=True, unswept=unswept, graphable=graphable)
 
 
 def eager_bytes(shape: Shape) -> int:

@@ -121,6 +121,7 @@ def _columns(best: float | None, ratio_name: str) -> dict[str, Callable[[Row], s
         "p99": lambda row: _milliseconds(row.p99_ms),
         "warm L2": lambda row: _milliseconds(row.warm_ms),
         "graph": lambda row: _milliseconds(row.graph_ms),
+        "host": lambda row: _milliseconds(row.host_ms),
         "tokens/s": rate,
         "peak MB": peak,
         "cores": lambda row: "" if row.cores is None else f"{row.cores:.1f}",

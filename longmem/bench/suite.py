@@ -146,8 +146,8 @@ def run(
             case = Case(point.op, point.shape, device, sweep=point.sweep)
         if minutes is not None and time.monotonic() - begin > 60 * minutes:
             row = case.refused(provider, Unavailable(f"not begun: the time limit of {minutes:g} minutes was reached"))
-        elif provider.compiles and point.sweep and not task.named:
-            why = "compiles for every size; left out of sweeps unless asked for with --providers"
+        elif provider.unswept and point.sweep and not task.named:
+            why = f"{provider.unswept}; left out of sweeps unless asked for with --providers"
             row = case.refused(provider, Unavailable(why))
         else:
             row = done[key] = _measure(case, provider, seconds)

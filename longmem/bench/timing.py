@@ -21,11 +21,11 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per call: `cold` is what is reported (on the CPU: as it comes), the others exist on CUDA alone."""
+    """Seconds per call on the device, with a cold and a warm L2 cache, and as a replayed graph where that was asked."""
 
     cold: list[float]
-    warm: list[float] | None = None
-    graph: list[float] | None = None
+    warm: list[float]
+    graph: list[float] | None
 
 
 class CoreClock:
@@ -113,8 +113,9 @@ def _captured(run: Call) -> Call:
     return graph.replay
 
 
-def median_ms(seconds: Sequence[float] | None) -> float | None:
-    return None if seconds is None else statistics.median(seconds) * 1e3
+def median_ms(seconds: Sequence[float] | None, repeat: int = 1) -> float | None:
+    """Of one operation, where a call does `repeat` of them."""
+    return None if seconds is None else statistics.median(seconds) * 1e3 / repeat
 
 
 def summarise(seconds: Sequence[float]) -> dict[str, float | int | None]:

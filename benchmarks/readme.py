@@ -1,0 +1,138 @@
+"""README's figures and its two leading plots, from the newest results kept: `python -m benchmarks.readme`.
+
+Nothing in README's measured parts is written by hand: a test holds them to what this makes of the file they name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from longmem.bench import Row, plot, plot_sweeps
+from longmem.bench.report import best_of_ours, grouped, significant
+from longmem.bench.results import Result, newest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+LEADING = {"chunk_topk": ("M", "K"), "memory_attention": ("T", "K")}  # ops that are drawn, and their sweeps
+_WORDS = {
+    "chunk_topk": "search",
+    "memory_attention": "local and memory attention",
+    "memory_attention_backward": "the same, forward and backward",
+    "ring_write": "write",
+    "memory_layer": "search, attention and write",
+    "generate": "generation, per token",
+    "train_step": "training step",
+}
+
+
+def block(name: str) -> re.Pattern[str]:
+    """Matches the part of README between the comments `<!-- name -->` and `<!-- /name -->`."""
+    return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.S)
+
+
+def measured(paths: list[Path]) -> str:
+    """The text of the block "measured" for these results, one table each."""
+    parts = []
+    for path in paths:
+        result = Result.load(path)
+        parts.append("\n".join([_heading(result), "", *_table(result), "", _source(path)]))
+    if not any(Result.load(path).on_gpu for path in paths):
+        parts.append("GPU: not measured yet.")
+    return "\n\n".join(parts) + "\n"
+
+
+def plots(result: Result) -> str:
+    """The text of the block "plots"."""
+    device, date = _device(result), result.date
+    lines = []
+    for op in LEADING:
+        lines.append(f"![{_WORDS[op].capitalize()} beside baselines, {device}, {date}](docs/measured-{op}.png)")
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: Result, folder: Path) -> None:
+    """The pictures that `plots` names: the sweeps, or bars where none was measured."""
+    for op, sweeps in LEADING.items():
+        mine = [row for row in result.rows if row.op == op]
+        swept = [row for row in mine if row.sweep in sweeps]
+        path = folder / f"measured-{op}.png"
+        if swept:
+            plot_sweeps(swept, path, date=result.date)
+        else:
+            plot([row for row in mine if not row.sweep], path, date=result.date)
+
+
+def _device(result: Result) -> str:
+    machine = result.machine
+    return machine["device"] if result.on_gpu else f"{machine['device']}, {machine['threads']} threads"
+
+
+def _heading(result: Result) -> str:
+    machine = result.machine
+    return (
+        f"{_device(result)}, {result.date}, commit {machine['commit']}, PyTorch {machine['torch']}, FAISS"
+        f" {machine['faiss'].removeprefix('faiss-cpu ')}; medians, milliseconds:"
+    )
+
+
+def _source(path: Path) -> str:
+    where = path.relative_to(ROOT).as_posix()
+    return f"(All rows with spreads, and what could not run: [{where}]({where}), `python -m benchmarks.report FILE`.)"
+
+
+def _table(result: Result) -> Iterator[str]:
+    yield "| what | shape | longmem | baselines (times ours is faster) | bounds | extra memory, MB |"
+    yield "|---|---|---|---|---|---|"
+    for group in grouped([row for row in result.rows if not row.sweep]).values():
+        timed = [row for row in group if row.median_ms is not None]
+        ours = best_of_ours([row for row in timed if not row.bound])
+        if ours is None:
+            continue
+        own = next(row for row in timed if row.median_ms == ours)
+        baselines = sorted((r for r in timed if not r.ours and not r.bound), key=lambda row: row.median_ms or 0.0)
+        bounds = [row for row in timed if row.bound]
+        against = "; ".join(f"{_named(row)} ({significant((row.median_ms or 0) / ours, 2)}x)" for row in baselines)
+        first = group[0]
+        yield (
+            f"| {_WORDS[first.op]} (`{first.op}`) | {first.shape} {first.dtype} | **{_time(own)}**"
+            f" | {against or '-'} | {'; '.join(map(_named, bounds)) or '-'} | {_memory(own, baselines)} |"
+        )
+
+
+def _time(row: Row) -> str:
+    tail = "" if row.p99_ms is None or "T=1" not in row.shape.split() else f", p99 {significant(row.p99_ms)}"
+    return significant(row.median_ms or 0.0) + tail
+
+
+def _named(row: Row) -> str:
+    return f"{row.provider} {_time(row)}"
+
+
+def _memory(own: Row, baselines: list[Row]) -> str:
+    known = [row.peak_bytes for row in baselines if row.peak_bytes is not None]
+    if own.peak_bytes is None:
+        return "-"
+    mine = f"{own.peak_bytes / 1e6:.1f}"
+    others = list(dict.fromkeys(f"{peak / 1e6:.1f}" for peak in (min(known), max(known)))) if known else []
+    return f"{mine}; baselines {' to '.join(others)}" if others else mine
+
+
+def main() -> None:
+    paths = [path for path in (newest(on_gpu=True), newest(on_gpu=False)) if path is not None]
+    if not paths:
+        raise SystemExit("benchmarks/results holds no result: `make bench` makes one")
+    leading = Result.load(paths[0])
+    text = README.read_text(encoding="utf-8")
+    for name, content in (("plots", plots(leading)), ("measured", measured(paths))):
+        if block(name).search(text) is None:
+            raise SystemExit(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
+        text = block(name).sub(lambda _, content=content: content, text)
+    README.write_text(text, encoding="utf-8")
+    draw(leading, ROOT / "docs")
+    print("\n".join(str(path.relative_to(ROOT)) for path in paths))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""No CPU kernel has become slower than what benchmarks/regression.json holds it to; `longmem.bench.regression` says why
+the margins are what they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from longmem.bench import regression
+from longmem.bench.measure import Unavailable
+
+RATIOS = {case.name: case for case in regression.RATIOS}
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_times_faster_than_a_baseline(name: str) -> None:
+    kept = regression.stored("ratios", regression.simd())
+    if not kept:
+        pytest.skip(f"no ratio is stored for {regression.simd()} kernels (python -m benchmarks.regression --update)")
+    wanted = regression.MARGIN * kept[name]
+    try:
+        found = regression.ratio(RATIOS[name], wanted)
+    except Unavailable as why:
+        pytest.skip(str(why))
+    assert found >= wanted, f"{found:.2f} times faster, stored {kept[name]:.2f}: slower than half of that is not noise"
+
+
+@pytest.mark.slow
+def test_instructions_of_the_kernels() -> None:
+    kept = regression.stored("instructions", regression.compiler())
+    if not kept:
+        pytest.skip(f"no count is stored for {regression.compiler()} (python -m benchmarks.regression --update)")
+    try:
+        counts = regression.instructions()
+    except Unavailable as why:
+        pytest.skip(str(why))
+    grown = {op: f"{count:,}, stored {kept[op]:,}" for op, count in counts.items()
+             if count > (1 + regression.ALLOWANCE) * kept[op]}  # fmt: skip
+    assert not grown
+
+
+def test_a_slower_kernel_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that does its work three times falls below half of its stored ratio."""
+    case = regression.RATIOS[-1]
+    normal = regression.ratio(case)
+    admitted = regression._admitted
+
+    def thrice(shared: regression.Case, name: str) -> object:
+        call = admitted(shared, name)
+        return (lambda: (call(), call(), call())) if name == regression._OURS else call
+
+    monkeypatch.setattr(regression, "_admitted", thrice)
+    assert regression.ratio(case) < regression.MARGIN * normal
