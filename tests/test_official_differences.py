@@ -125,7 +125,7 @@ def test_the_published_start_is_not_the_backbone() -> None:
     model = random_model(small_config())
     model.initialise_from_backbone()
     tokens = text()
-    hidden = model.backbone.encode(tokens, 0, {4}).hidden[4]
+    hidden = model.backbone.encode(tokens, (0,), {4}).hidden[4]
     assert not torch.allclose(model(tokens), model.backbone.logits(hidden), atol=1e-1)
 
 
