@@ -168,8 +168,8 @@ int64_t memory_attention_block() { return kQueries; }
 }  // namespace LONGMEM_SIMD_NAMESPACE
 }  // namespace longmem
 
-#include "memory_attention/memory_attention_rows.h"
-#include "memory_attention/memory_attention_memory.h"
-#include "memory_attention/memory_attention_forward.h"
-#include "memory_attention/memory_attention_few.h"
 #include "memory_attention/memory_attention_backward.h"
+#include "memory_attention/memory_attention_few.h"
+#include "memory_attention/memory_attention_forward.h"
+#include "memory_attention/memory_attention_memory.h"
+#include "memory_attention/memory_attention_rows.h"
