@@ -4,6 +4,11 @@
 // softmax * (weight * (grad . value - delta) + gradient of the log-sum-exp). Gated, delta = grad . part;
 // joint, where the share depends on all scores, delta = grad . out (FlashAttention-2, section 3.1, for one
 // softmax in two pieces).
+#pragma once
+
+#include "memory_attention/memory_attention_block.h"
+#include "memory_attention/memory_attention_dropout.h"
+#include "memory_attention/memory_attention_memory.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {

@@ -1,6 +1,9 @@
 // Forward tasks when queries are few, as in decoding: keys are shared by all queries of a key/value head, and
 // split into pieces of fixed size, so that the result does not depend on the number of threads. Part of
 // memory_attention_task.h.
+#pragma once
+
+#include "memory_attention/memory_attention_forward.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {

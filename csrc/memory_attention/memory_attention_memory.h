@@ -1,4 +1,8 @@
 // The chunks of one query, and attention to them; part of memory_attention_task.h.
+#pragma once
+
+#include "memory_attention/memory_attention_block.h"
+#include "memory_attention/memory_attention_rows.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {
