@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from memory_attention_suite import FP8, OUTPUTS, Case, MemoryAttentionSuite, check, make, random_cases
+from memory_attention_cases import FP8, OUTPUTS, Case, make, random_cases
+from memory_attention_suite import MemoryAttentionSuite, check
 
 from longmem_kernels import memory_attention
 
@@ -113,7 +114,8 @@ def test_compiles_into_one_graph_forward_and_backward(fusion: str) -> None:
 def test_lower_instruction_sets(level: str) -> None:
     """The level is read once per process."""
     check_all = (
-        "from memory_attention_suite import CASES, check\n"
+        "from memory_attention_cases import CASES\n"
+        "from memory_attention_suite import check\n"
         "for case in CASES.values(): check(case, 'cpp', 'cpu')\n"
         "from longmem_kernels._extension import build_info\n"
         "print(build_info()['simd'])"
