@@ -1,25 +1,31 @@
-"""The instrument itself: the gate refuses wrong results, memory is really seen, reports say what they must."""
+"""The instrument itself: the gate refuses wrong results, memory is really seen, rows say what was measured."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from longmem.bench import GateError, Provider, Shape, measure, plot, providers, table
-from longmem.bench.inputs import WriteInputs
-from longmem.bench.measure import Case, summarise
+from longmem.bench import GateError, Provider, Shape, measure, plot, plot_sweeps, providers, table
+from longmem.bench.inputs import FusionInputs, WriteInputs, draw
+from longmem.bench.measure import Case, Unavailable
 from longmem.bench.memory import peak_extra_bytes
-from longmem.bench.providers import OPS, Prepared
+from longmem.bench.providers import KERNEL_OPS, Prepared
+from longmem.bench.timing import summarise
+from longmem.bench.work import Work, work
 
 SHAPE = Shape(B=2, T=12, H=4, G=2, D=32, M=40, C=4, K=5)
 CPU = torch.device("cpu")
+COMPILED = ("torch.compile composition", "FlexAttention, dense mask")
 
 
 def reference(op: str) -> Provider:
-    return next(provider for provider in providers(op) if provider.name == "longmem reference")
+    name = "longmem" if op == "memory_layer" else "longmem reference"
+    return next(provider for provider in providers(op) if provider.name == name)
 
 
 def spoilt(op: str, tensor: int, change: float) -> Provider:
@@ -39,14 +45,47 @@ def spoilt(op: str, tensor: int, change: float) -> Provider:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [12, 1])
-@pytest.mark.parametrize("op", OPS)
-def test_gate_admits_every_provider_that_can_run(op: str, tokens: int, dtype: torch.dtype) -> None:
-    rows = measure(op, replace(SHAPE, T=tokens, S=12, dtype=dtype), rounds=2)
-    assert [row.provider for row in rows] == [provider.name for provider in providers(op)]
+@pytest.mark.parametrize("sizes", [{}, {"T": 1, "S": 12}, {"R": 1}, {"R": 1, "T": 10, "G": 4}], ids=str)
+@pytest.mark.parametrize("op", KERNEL_OPS)
+def test_gate_admits_every_provider_that_can_run(op: str, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    shown = [provider for provider in providers(op) if provider.name not in COMPILED]
+    rows = measure(op, replace(SHAPE, dtype=dtype, **sizes), shown, rounds=2)  # type: ignore[arg-type]  # sizes
+    assert [row.provider for row in rows] == [provider.name for provider in shown]
     for row in rows:
-        assert (row.median_ms is None) == (row.reason is not None)
+        assert (row.median_ms is None) == (row.reason is not None) and not row.wrong
     assert any(row.ours and row.median_ms for row in rows)
+    # Of others at least one whole operation, but for FAISS where a batch would be no batch.
+    assert any(not row.ours and not row.bound and row.median_ms for row in rows)
+
+
+@pytest.mark.slow
+def test_compiled_providers_pass_the_gate_too() -> None:
+    shape = Shape(B=1, T=128, H=2, G=2, D=32, M=64, C=4, K=5)
+    shown = [provider for provider in providers("memory_attention") if provider.name in COMPILED]
+    rows = measure("memory_attention", shape, shown, rounds=2)
+    assert len(rows) == len(COMPILED)
+    for row in rows:
+        assert (row.median_ms and "compiled in" in (row.note or "")) or "does not work here" in (row.reason or ""), row
+
+
+@pytest.mark.parametrize("op", ["generate", "train_step"])
+def test_whole_models_pass_their_gate(op: str) -> None:
+    rows = measure(op, Shape(B=2, T=8, S=4, H=2, G=1, D=32, M=64, C=4, K=5, model="tiny"), rounds=2)
+    assert all(row.median_ms for row in rows)
+    assert [row.bound for row in rows] == [False, True, True]
+
+
+@pytest.mark.parametrize(("op", "change"), [("generate", 1), ("train_step", 0.1)])
+def test_whole_models_gate_refuses_another_result(op: str, change: float) -> None:
+    right = providers(op)[0]
+
+    def prepare(inputs: object) -> Prepared:
+        prepared = right.prepare(inputs)
+        return replace(prepared, collect=lambda result: (prepared.collect(result)[0] + change,))
+
+    shape = Shape(B=1, T=8, S=4, H=2, G=1, D=32, M=64, C=4, K=5, model="tiny")
+    with pytest.raises(GateError, match=f"{op}: 'spoilt' failed the correctness gate"):
+        measure(op, shape, [Provider("spoilt", prepare)], rounds=2)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +101,8 @@ def test_gate_admits_every_provider_that_can_run(op: str, tokens: int, dtype: to
         ("ring_write", 0, 1e-3),
         ("ring_write", 1, 1e-3),
         ("ring_write", 3, 1),
+        ("memory_layer", 0, 1e-3),
+        ("memory_layer", 1, 1e-3),
     ],
 )
 def test_gate_refuses_one_wrong_element(op: str, tensor: int, change: float) -> None:
@@ -83,6 +124,61 @@ def test_gate_refuses_an_id_returned_twice() -> None:
 
     with pytest.raises(GateError, match="returned twice"):
         measure("chunk_topk", SHAPE, [Provider("repeats", prepare)], rounds=2)
+
+
+def test_a_wrong_row_says_so_where_nothing_is_raised() -> None:
+    rows = measure("chunk_topk", SHAPE, [spoilt("chunk_topk", 1, 1.0), reference("chunk_topk")], rounds=2, strict=False)
+    assert rows[0].wrong and "refused by the correctness gate: scores: worst error" in (rows[0].reason or "")
+    assert rows[0].median_ms is None and rows[1].median_ms
+    assert "spoilt: refused by the correctness gate" in table(rows)
+
+
+def test_what_others_raise_is_a_reason_and_what_ours_raise_an_error() -> None:
+    def fail(inputs: object) -> Prepared:
+        raise RuntimeError("first line\nsecond")
+
+    case = Case("ring_write", SHAPE)
+    with pytest.raises(Unavailable, match=r"^RuntimeError: first line$"):
+        case.admit(Provider("theirs", fail))
+    with pytest.raises(RuntimeError, match="second"):
+        case.admit(Provider("ours", fail, ours=True))
+
+
+def test_search_by_distance_serves_inner_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashLib's adapter, with a search by squared distance in its place that is exact for the inputs' dtype."""
+
+    def flash_knn(query: torch.Tensor, stored: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert query.is_contiguous() and stored.is_contiguous() and query.dtype == stored.dtype
+        distance = (query.double().unsqueeze(2) - stored.double().unsqueeze(1)).square().sum(-1)
+        found = distance.topk(k, largest=False)
+        return found.values.float(), found.indices.int()
+
+    monkeypatch.setitem(sys.modules, "flashlib", SimpleNamespace(flash_knn=flash_knn))
+    for shape in (SHAPE, replace(SHAPE, R=1)):
+        case = Case("chunk_topk", replace(shape, dtype=torch.bfloat16))
+        found = [provider for provider in providers("chunk_topk") if provider.name.startswith("flashlib")]
+        assert [provider.computes for provider in found] == ["op", "distance"]
+        for provider in found:
+            case.admit(replace(provider, unavailable=lambda shape, device: None))
+
+
+def test_drawn_ids_are_distinct_and_valid() -> None:
+    inputs = draw("memory_attention", SHAPE, CPU)
+    assert isinstance(inputs, FusionInputs)
+    ids = inputs.chunk_ids.sort(-1).values
+    assert bool((ids[..., 1:] > ids[..., :-1]).all()) and int(ids.min()) >= 0 and int(ids.max()) < SHAPE.M
+
+
+def test_work_counts_what_must_move_and_multiply() -> None:
+    shape = Shape(B=2, T=3, H=4, G=2, D=8, M=100, C=4, K=5, S=7)
+    queries, found = 2 * 4 * 3, 2 * 4 * 3 * 5
+    assert work("chunk_topk", shape) == Work(4 * 8 * (queries + 2 * 2 * 100) + 8 * found, 2 * 8 * queries * 100)
+    # Every query sees 5, 6 and 7 local keys, and 20 in memory; two heads share a ring's head: 30 chunks at most.
+    tokens = 2 * queries * 8 + 2 * 2 * 2 * 7 * 8 + 2 * (2 * 2 * 30) * 4 * 8
+    assert work("memory_attention", shape) == Work(4 * tokens + 4 * found, 4 * 8 * (2 * 4 * 18 + 2 * 4 * 3 * 20))
+    moved = 2 * 2 * 2 * 8 * 8 * 2 + 2 * 2 * 2 * 8
+    assert work("ring_write", replace(shape, T=8, S=0)) == Work(4 * moved, 2 * 2 * 8 * 8)
+    assert work("generate", shape) is None
 
 
 def test_peak_memory_sees_a_short_native_allocation() -> None:
@@ -110,7 +206,8 @@ def test_unavailable_providers_say_why() -> None:
     assert "CUDA device" in (names["longmem triton"].unavailable(SHAPE, CPU) or "")
     assert names["faiss-gpu GpuIndexFlatIP per head"].unavailable(SHAPE, CPU) == "needs a CUDA device"
     huge = replace(SHAPE, B=4096, T=4096, H=64, M=2**24)
-    assert "GB are free" in (names["longmem reference"].unavailable(huge, CPU) or "")
+    assert "a specification" in (names["longmem reference"].unavailable(huge, CPU) or "")
+    assert "GB are free" in (names["torch matmul + topk"].unavailable(huge, CPU) or "")
     with pytest.raises(ValueError, match="op must be one of"):
         providers("no_such_op")
 
@@ -119,17 +216,43 @@ def test_table_and_plot(tmp_path: Path) -> None:
     rows = measure("ring_write", SHAPE, rounds=3) + measure("chunk_topk", SHAPE, rounds=3)
     text = table(rows)
     assert "ring_write [B=2 T=12 G=2 D=32 M=40 C=4 float32]" in text
-    assert "copy of the same bytes *" in text and "cannot run: " in text
-    assert "1.00" in text and rows[0].commit in text
-    picture = plot(rows, tmp_path / "bars.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "copy of the same bytes *" in text and "longmem triton: cannot run: " in text
+    assert "ms at the machine's" in text and "x best" in text and rows[0].commit in text
+    best = min(row.median_ms or 0.0 for row in rows[:5] if not row.ours and not row.bound and row.median_ms)
+    line = next(line for line in text.splitlines() if line.startswith("longmem cpp"))
+    ours = next(row for row in rows if row.provider == "longmem cpp")
+    assert line.endswith(f"{best / (ours.median_ms or 0.0):.2f}")
+    picture = plot(rows, tmp_path / "bars.png", date="2026-01-02").read_bytes()
+    assert picture.startswith(b"\x89PNG") and b"2026-01-02" in picture
     with pytest.raises(ValueError, match="no row has a time"):
         plot([row for row in rows if row.median_ms is None], tmp_path / "none.png")
+
+
+def test_sweeps_become_one_table_and_one_picture(tmp_path: Path) -> None:
+    shown = [provider for provider in providers("chunk_topk") if not provider.unavailable(SHAPE, CPU)]
+    rows = [
+        row for size in (40, 80) for row in measure("chunk_topk", replace(SHAPE, M=size), shown, rounds=2, sweep="M")
+    ]
+    text = table(rows)
+    assert "chunk_topk, M [B=2 T=12 H=4 G=2 D=32 K=5 M=... float32]" in text
+    header = next(line for line in text.splitlines() if line.startswith("ms"))
+    assert header.split() == ["ms", "M=40", "M=80"]
+    assert len(next(line for line in text.splitlines() if line.startswith("ours x best")).split()) == 5
+    assert plot_sweeps(rows, tmp_path / "lines.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="no sweep has a time"):
+        plot_sweeps([replace(row, sweep=None) for row in rows], tmp_path / "none.png")
 
 
 def test_summary_of_rounds() -> None:
     assert summarise([0.003, 0.001, 0.002, 0.005, 0.004, 0.006])["median_ms"] == pytest.approx(3.5)
     assert summarise([float(n) for n in range(11)])["p20_ms"] == pytest.approx(2000)
+    assert summarise([1.0] * 199)["p99_ms"] is None
+    many = summarise([n / 1000 for n in range(1001)])
+    assert (many["p80_ms"], many["p95_ms"], many["p99_ms"]) == (
+        pytest.approx(800),
+        pytest.approx(950),
+        pytest.approx(990),
+    )
     with pytest.raises(ValueError, match="at least 2 rounds"):
         summarise([1.0])
 
@@ -142,3 +265,16 @@ def test_providers_leave_the_shared_inputs_alone() -> None:
         if provider.unavailable(SHAPE, CPU) is None:
             case.admit(provider).run()
     assert torch.equal(case.inputs.ring.store, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", KERNEL_OPS)
+def test_cuda_rows_have_cold_warm_and_host_times(op: str) -> None:
+    shape = Shape(B=2, T=128, H=4, G=4, D=64, M=512, K=16, dtype=torch.bfloat16)
+    shown = [provider for provider in providers(op) if provider.unswept is None]
+    rows = measure(op, shape, shown, rounds=3, device="cuda", strict=False)
+    assert not [row for row in rows if row.wrong]
+    for row in rows:
+        if row.median_ms is not None:
+            assert row.warm_ms and row.host_ms and row.host_ms > 0.5 * row.warm_ms
+    assert any(row.ours and row.graph_ms for row in rows) or op.endswith("_backward")

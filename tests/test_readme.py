@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from test_cli import WORDS, backbone
 
+from benchmarks import readme
+from longmem.bench.results import Result
+
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
 __all__ = ["backbone"]  # a fixture
@@ -62,3 +65,26 @@ def test_every_file_that_readme_names_is_there() -> None:
 @pytest.mark.parametrize("name", ["LICENSE", "CONTRIBUTING.md", "docs/decisions.md", ".ci/run"])
 def test_what_a_newcomer_looks_for_is_there(name: str) -> None:
     assert (README.parent / name).stat().st_size > 0
+
+
+def results_named() -> list[Path]:
+    text = readme.block("measured").search(README.read_text(encoding="utf-8"))
+    assert text is not None
+    named = [readme.ROOT / path for path in re.findall(r"\]\((benchmarks/results/[^)]+\.json)\)", text[0])]
+    assert named
+    return named
+
+
+def test_figures_are_those_of_the_results_they_name() -> None:
+    text = README.read_text(encoding="utf-8")
+    results = results_named()
+    for name, wanted in (("measured", readme.measured(results)), ("plots", readme.plots(Result.load(results[0])))):
+        found = readme.block(name).search(text)
+        assert found is not None and found[0] == wanted, "python -m benchmarks.readme writes them anew"
+
+
+def test_plots_were_drawn_from_the_result_that_readme_names() -> None:
+    leading = Result.load(results_named()[0])
+    for op in readme.LEADING:
+        picture = (readme.ROOT / "docs" / f"measured-{op}.png").read_bytes()
+        assert f"commit {leading.machine['commit']}, {leading.date}".encode() in picture

@@ -5,9 +5,10 @@ Bounds follow from the arithmetic, none is tuned:
   Scores are compared in order, and every returned id must have the score that was returned with it. Where there are
   very many scores, those of evenly spaced queries are checked; ids are checked for all.
 - Attention: at most twice the error against float64 of the eager composition in the same precision (three times for
-  gradients), plus one rounding of the output's dtype, in the mean and in the worst element. The gate's gradient has
-  too few elements for a fair sample of eager's error: it may also be off by what rounding the terms of its sum makes
-  likely.
+  gradients), plus one rounding of the output's dtype, in the mean and in the worst element. Eager's worst error counts
+  for six times its mean at least: the worst of few elements is a matter of luck. The gate's gradient has so few that it
+  may also be off by what rounding the terms of its sum makes likely, and single elements of query's and key's gradients
+  by one rounding of what softmax's gradient cancels.
 - Ring: keys, values and positions bit by bit; centroids within the rounding of a C-term float32 sum and of their dtype.
 - Memory layer: output and ring as above, but for queries whose K-th and next score are closer than their error bounds:
   either chunk is right for them.
@@ -33,6 +34,7 @@ from .shapes import Shape
 _T = TypeVar("_T")
 _SCORES_CHECKED = {"cpu": 2**28, "cuda": 2**30}
 _BLOCK_SCORES = 2**26  # scores held at once in float64
+_WORST = 6.0  # standard deviations: what the worst of a thousand million normal errors may reach
 _UNDECIDED = 0.1  # share of queries of a layer whose K-th and next score may be too close to tell
 
 
@@ -211,9 +213,21 @@ def _expect_attention(inputs: FusionInputs, computes: str, backward: bool) -> li
             raise GateError(f"the eager composition itself is wrong in {name}: relative error {_rms(error) / size:.3g}")
         factor = 2 if name == "output" else 3
         likely = _gate_rounding(inputs, exact[0]) if name == "gradient of gate" else 0.0
-        worst = factor * error.max().clamp(min=likely) + eps * want.abs().max()
-        expected.append(_Bounded(name, want, worst, factor * max(_rms(error), likely) + eps * size))
+        mean = max(_rms(error), likely)
+        worst = factor * error.max().clamp(min=_WORST * mean) + eps * want.abs().max()
+        if name in ("gradient of query", "gradient of key"):
+            worst = worst + _cancelled_rounding(inputs)
+        expected.append(_Bounded(name, want, worst, factor * mean + eps * size))
     return expected
+
+
+def _cancelled_rounding(inputs: FusionInputs) -> float:
+    """Softmax's gradient is a difference of products of the output's gradient with values. Where it cancels, as for a
+    query that sees one key, compositions happen to round both alike and kernels need not: the rounding of a product
+    remains, times a key or query."""
+    products = inputs.grad.float().norm(dim=-1).max() * inputs.value.float().norm(dim=-1).max()
+    across = max(inputs.query.float().abs().max(), inputs.key.float().abs().max())
+    return float(torch.finfo(torch.float32).eps * products * across * inputs.shape.D**-0.5)
 
 
 def _gate_rounding(inputs: FusionInputs, out: Tensor) -> float:

@@ -1,0 +1,154 @@
+"""`longmem bench` and `longmem profile`: what is measured, what is kept, what bad input gets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from longmem.bench import OPS, Row, measure, providers, suite
+from longmem.bench.cli import bench_app, profile_app
+from longmem.bench.compare import compare, comparison
+from longmem.bench.results import Result, newest
+from longmem.bench.shapes import Shape, default_sweeps, shapes_for
+
+CPU = torch.device("cpu")
+SMALL = ["--shape", "T=8,M=64,K=4", "--seconds", "0.01"]
+
+
+def run(*arguments: str | Path, app: object = bench_app) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)  # type: ignore[arg-type]
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def row(milliseconds: float, provider: str = "p", cores: float = 1.0, device: str = "cpu") -> Row:
+    return Row(
+        op="chunk_topk", provider=provider, shape="B=1", dtype="float32", device=device, device_name="x", threads=1,
+        commit="c", median_ms=milliseconds, p20_ms=0.98 * milliseconds, p80_ms=1.02 * milliseconds, cores=cores,
+    )  # fmt: skip
+
+
+def result(*rows: Row) -> Result:
+    return Result({"commit": "c", "device": "x", "threads": "1"}, "2026-01-02", list(rows))
+
+
+@pytest.mark.parametrize("paper", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_every_kept_shape_is_one_that_providers_can_judge(op: str, paper: bool) -> None:
+    sweeps = default_sweeps(op, paper=paper)
+    for shape in [*shapes_for(op, paper=paper), *(shape for sweep in sweeps.values() for shape in sweep)]:
+        assert shape.H % shape.G == 0 and shape.rings in (1, shape.B) and shape.K < shape.M
+        reasons = [provider.unavailable(shape, CPU) for provider in providers(op) if provider.unswept is None]
+        assert all(reason is None or reason for reason in reasons)
+    for name, shapes in sweeps.items():
+        sizes = [getattr(shape, name.split()[0]) for shape in shapes]
+        assert len(set(sizes)) == len(sizes), name
+
+
+def test_a_question_is_answered_kept_and_drawn(tmp_path: Path) -> None:
+    output = run(
+        "write", *SMALL, "--providers", "cpp,index_copy", "--json", tmp_path / "a.json", "--plots", tmp_path / "plots"
+    )
+    assert "ring_write [B=2 T=8 G=8 D=64 M=64 C=4 float32]" in output and "x best" in output
+    kept = Result.load(tmp_path / "a.json")
+    assert {one.provider for one in kept.rows} == {"longmem cpp", "eager index_copy"}
+    assert kept.machine["torch"] == torch.__version__
+    assert kept.rows[0].bytes and kept.rows[0].floor_ms
+    assert (tmp_path / "plots" / "ring_write-bars.png").exists()
+
+
+def test_a_sweep_of_ones_own(tmp_path: Path) -> None:
+    output = run(
+        "retrieval",
+        *SMALL,
+        "--sweep",
+        "M=32,64",
+        "--providers",
+        "cpp",
+        "--json",
+        tmp_path / "a.json",
+        "--plots",
+        tmp_path,
+    )
+    assert "M=32" in output and "M=64" in output
+    assert [one.sweep for one in Result.load(tmp_path / "a.json").rows] == ["M", "M"]
+    assert (tmp_path / "chunk_topk-sweeps.png").exists()
+
+
+def test_profile_names_the_parts_of_a_layer(tmp_path: Path) -> None:
+    output = run("retrieval", "--shape", "T=8,M=64,K=4", "--steps", "2", "--out", tmp_path, app=profile_app)
+    for part in ("score + select", "gather + fuse", "score", "select", "gather", "fuse", "write", "whole step"):
+        assert any(line.startswith(part) for line in output.splitlines()), part
+    events = json.loads((tmp_path / "longmem.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events if str(event.get("name")).startswith("memory layer: ")]
+    assert names.count("memory layer: score + select") == 2 and names.count("memory layer: step") == 2
+
+
+def test_a_shape_shared_by_sweeps_is_measured_once_and_late_tasks_are_not_begun() -> None:
+    shape = Shape(B=1, T=4, H=2, G=2, D=32, M=32, K=4)
+    points = [suite.Point("ring_write", shape, name) for name in ("M", "K")]
+    work = suite.tasks(points, ["longmem cpp"])
+    first, second = [one for _, one in suite.run(work, CPU, seconds=0.01)]
+    assert (first.sweep, second.sweep) == ("M", "K") and replace(second, sweep="M") == first
+    late = [one for _, one in suite.run(work, CPU, seconds=0.01, minutes=0)]
+    assert all("time limit of 0 minutes" in (one.reason or "") for one in late)
+    slow = suite.tasks([suite.Point("memory_attention", shape, "M")], [])
+    reasons = {task.provider.name: one.reason for task, one in suite.run(slow, CPU, seconds=0.01)}
+    assert "left out of sweeps unless asked for" in (reasons["torch.compile composition"] or "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fusion", "--sweep", "Q"], "sweep: fusion has T, K, C, D, G, R"),
+        (["fusion", "--sweep", "M=a"], "sweep: wanted NAME=SIZE"),
+        (["fusion", "--shape", "B"], "shape: wanted NAME=SIZE"),
+        (["fusion", "--shape", "Z=3"], "shape: wanted one of B T H"),
+        (["fusion", "--shape", "H=3,G=2"], "H a multiple of G"),
+        (["fusion", "--providers", "nobody"], "providers: wanted some of: longmem triton"),
+        (["fusion", "--dtype", "int8"], "dtype must be one of"),
+        (["fusion", "--scale", "huge"], "scale must be paper, small or auto"),
+        (["train", "--model", "gpt"], "model must be one of tiny, smollm2"),
+        (["compare", "no.json", "no.json"], "does not exist"),
+    ],
+)
+def test_bad_input_is_named(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(bench_app, arguments)
+    assert isinstance(done.exception, (ValueError, OSError)) and message in str(done.exception), done.exception
+
+
+def test_changes_are_told_from_noise() -> None:
+    before = result(*(row(1.0, name) for name in ("slow", "fast", "same", "wide", "busy", "gone")))
+    wide = replace(row(1.2, "wide"), p20_ms=0.9)
+    after = result(row(1.2, "slow"), row(0.8, "fast"), row(1.04, "same"), wide, row(2.0, "busy", cores=0.5))
+    verdicts = {change.after.provider: change.verdict for change in compare(before, after)}
+    assert verdicts == {"slow": "slower", "fast": "faster", "same": "same", "wide": "same", "busy": "not judged"}
+    text = comparison(before, after)
+    assert "slower: 1 of 5" in text and "1.20x" in text and "more than 5%" in text and "gone chunk_topk" in text
+    with pytest.raises(ValueError, match="no timed row in common"):
+        compare(before, result(row(1.0, "other")))
+
+
+def test_compare_exits_with_1_when_something_got_slower(tmp_path: Path) -> None:
+    old, new = result(row(1.0)).save(tmp_path / "old.json"), result(row(2.0)).save(tmp_path / "new.json")
+    assert CliRunner().invoke(bench_app, ["compare", str(old), str(new)]).exit_code == 1
+    assert CliRunner().invoke(bench_app, ["compare", str(new), str(old)]).exit_code == 0
+
+
+def test_results_are_read_back_as_written(tmp_path: Path) -> None:
+    rows = measure("ring_write", Shape(B=1, T=4, H=2, G=2, D=32, M=32, K=4), rounds=2)
+    written = Result.now(rows, CPU)
+    path = written.keep(tmp_path)
+    assert Result.load(path) == written
+    assert path.parent.name.endswith(f"{written.machine['threads']}-threads") and path.name.startswith(written.date)
+    assert newest(on_gpu=False, folder=tmp_path) == path and newest(on_gpu=True, folder=tmp_path) is None
+    (tmp_path / "bad.json").write_text('{"rows": [{"op": "x", "speed": 3}]}')
+    (tmp_path / "text.json").write_text("text")
+    for name in ("bad.json", "text.json"):
+        with pytest.raises(ValueError, match="holds no benchmark result"):
+            Result.load(tmp_path / name)
