@@ -47,7 +47,7 @@ def composition_of(model: OfficialLongMem, *, storage: torch.dtype = torch.float
     """The published composition with a copy of the model's parameters; the same ones train."""
     trained = {name for name, parameter in official_parameters(model).items() if parameter.requires_grad}
     parameters = {name: t.clone().requires_grad_(name in trained) for name, t in official_state(model).items()}
-    return OfficialComposition(parameters, model.config, storage=storage, new_index=TorchIndex)
+    return OfficialComposition(parameters, model.config, storage=storage, index=TorchIndex)
 
 
 def recorded(path: Path) -> dict[str, Tensor]:

@@ -19,47 +19,61 @@ _GPT = "decoder.pretrained_model.decoder.model"
 
 
 class Index(Protocol):
-    """The part of a FAISS index that is used; numbers of vectors move up when earlier ones are removed."""
+    """Exact search of one head's vectors, numbered from the oldest on."""
 
-    def add(self, vectors: Any) -> None: ...
-    def remove_ids(self, ids: Any) -> Any: ...
-    def search(self, queries: Any, k: int) -> tuple[Any, Any]: ...
+    def __init__(self, size: int) -> None: ...
+    def add(self, vectors: Tensor) -> None: ...
+    def remove_oldest(self, count: int) -> None: ...
+    def search(self, queries: Tensor, k: int) -> Tensor:
+        """Numbers [n, k] int64 by descending inner product, -1 where there are fewer than k."""
+        ...
 
 
-def faiss_index(size: int) -> Index:
-    import faiss
+class FaissIndex:
+    """As in the published code, but in host memory."""
 
-    return faiss.IndexFlatIP(size)
+    def __init__(self, size: int) -> None:
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        self.index = faiss.IndexFlatIP(size)
+
+    def add(self, vectors: Tensor) -> None:
+        self.index.add(vectors.cpu().contiguous().numpy())
+
+    def remove_oldest(self, count: int) -> None:
+        self.index.remove_ids(torch.arange(count).numpy())  # type: ignore[arg-type]
+
+    def search(self, queries: Tensor, k: int) -> Tensor:
+        return torch.from_numpy(self.index.search(queries.cpu().contiguous().numpy(), k)[1]).to(queries.device)
 
 
 class TorchIndex:
-    """The same by plain matrix products, where FAISS is not installed."""
+    """The same by matrix product and `topk`, on any device."""
 
     def __init__(self, size: int) -> None:
         self.vectors = torch.zeros(0, size)
 
-    def add(self, vectors: Any) -> None:
-        self.vectors = torch.cat([self.vectors, torch.as_tensor(vectors)])
+    def add(self, vectors: Tensor) -> None:
+        self.vectors = torch.cat([self.vectors.to(vectors.device), vectors])
 
-    def remove_ids(self, ids: Any) -> None:
-        kept = torch.ones(len(self.vectors), dtype=torch.bool)
-        kept[torch.as_tensor(ids)] = False
-        self.vectors = self.vectors[kept]
+    def remove_oldest(self, count: int) -> None:
+        self.vectors = self.vectors[count:]
 
-    def search(self, queries: Any, k: int) -> tuple[Any, Any]:
-        scores, ids = (torch.as_tensor(queries) @ self.vectors.T).sort(descending=True, stable=True)
-        short = (0, max(0, k - ids.shape[1]))
-        return F.pad(scores, short, value=-math.inf)[:, :k].numpy(), F.pad(ids, short, value=-1)[:, :k].numpy()
+    def search(self, queries: Tensor, k: int) -> Tensor:
+        ids = (queries @ self.vectors.T).topk(min(k, len(self.vectors))).indices
+        return F.pad(ids, (0, k - ids.shape[1]), value=-1)
 
 
 class SharedMemory:
     """One memory for all rows: an index and two arrays of chunks per head."""
 
-    def __init__(self, config: Any, dtype: torch.dtype, new_index: Any) -> None:
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, index: type[Index]) -> None:
         self.heads, self.size = config.heads, config.embed // config.heads
         self.chunk, self.found = config.chunk, config.k // config.chunk
         self.capacity, self.dtype, self.stored = config.memory_size // config.chunk, dtype, 0
-        self.indices: list[Index] = [new_index(self.size) for _ in range(self.heads)]
+        self.device = device
+        self.indices = [index(self.size) for _ in range(self.heads)]
         self.keys, self.values = self._empty(self.capacity), self._empty(self.capacity)
 
     def write(self, key: Tensor, value: Tensor) -> None:
@@ -70,7 +84,7 @@ class SharedMemory:
             old = 2 * tokens // self.chunk
             self.stored -= old
             for index in self.indices:
-                index.remove_ids(torch.arange(old).numpy())
+                index.remove_oldest(old)
             room = self._empty(old)
             self.keys = [torch.cat([kept[old:], zeros]) for kept, zeros in zip(self.keys, room, strict=True)]
             self.values = [torch.cat([kept[old:], zeros]) for kept, zeros in zip(self.values, room, strict=True)]
@@ -78,7 +92,7 @@ class SharedMemory:
         shape = (new, self.chunk, self.heads, self.size)
         key, value = (x.reshape(tokens, -1)[: new * self.chunk].reshape(shape) for x in (key, value))
         for head, index in enumerate(self.indices):
-            index.add(key[:, :, head].mean(1).float().contiguous().numpy())
+            index.add(key[:, :, head].mean(1).float())
             self.keys[head][slots], self.values[head][slots] = key[:, :, head], value[:, :, head]
         self.stored += new
 
@@ -86,10 +100,7 @@ class SharedMemory:
         """query [T, B, E] -> keys, values [B * H, T, k, D] and chunk numbers [B, H, T, k // c]."""
         steps, rows, _ = query.shape
         query = query.detach().float().reshape(steps * rows, self.heads, self.size)
-        found = [
-            torch.as_tensor(index.search(query[:, head].contiguous().numpy(), self.found)[1])
-            for head, index in enumerate(self.indices)
-        ]
+        found = [index.search(query[:, head], self.found) for head, index in enumerate(self.indices)]
 
         def gather(memory: list[Tensor]) -> Tensor:
             chunks = [memory[head][ids].view(steps * rows, -1, self.size) for head, ids in enumerate(found)]
@@ -99,24 +110,26 @@ class SharedMemory:
         return gather(self.keys), gather(self.values), numbers
 
     def _empty(self, chunks: int) -> list[Tensor]:
-        return [torch.zeros(chunks, self.chunk, self.size, dtype=self.dtype) for _ in range(self.heads)]
+        shape = (chunks, self.chunk, self.size)
+        return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.heads)]
 
 
 class OfficialComposition:
-    """The published model over a dictionary of parameters under their official names, on the CPU.
+    """The published model over a dictionary of parameters under their official names, on their device.
 
     Args:
         parameters: those that require grad are trained.
         config: sizes under the official names, as attributes (`OfficialConfig`).
         storage: what memory keys and values are stored in.
-        new_index: makes the search index of a head from its size.
+        index: what searches.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], config: Any, *, storage: torch.dtype, new_index: Any = faiss_index
+        self, parameters: Mapping[str, Tensor], config: Any, *, storage: torch.dtype, index: type[Index] = FaissIndex
     ) -> None:
         self.parameters, self.config = parameters, config
-        self.memory = SharedMemory(config, storage, new_index)
+        self.device = parameters["decoder.embed_tokens.weight"].device
+        self.memory = SharedMemory(config, storage, self.device, index)
         self.chunk_numbers: Tensor | None = None
 
     def __call__(self, tokens: Tensor, memory_write: bool = True) -> Tensor:
@@ -125,7 +138,7 @@ class OfficialComposition:
             hidden, key, value, alibi = self._backbone(tokens)
         f, x = self.config.layer_reduction_factor, hidden[0].transpose(0, 1)
         steps, padding = tokens.shape[1], tokens == _PAD
-        mask = torch.full((steps, steps), -math.inf).triu(1)
+        mask = torch.full((steps, steps), -math.inf, device=self.device).triu(1)
         for i in range(self.config.sidenet_layers):
             residual = (hidden[f * i + f] - hidden[f * i]).transpose(0, 1) + x
             y = self._norm(x, f"decoder.layers.{i}.ln_1", 1e-5)
@@ -136,7 +149,8 @@ class OfficialComposition:
             wide = F.gelu(self._linear(y, f"decoder.layers.{i}.fc1"))
             x = self._linear(wide, f"decoder.layers.{i}.fc2") + attended + residual
             if i == self.config.memory_layer and memory_write:
-                self.memory.write(key, value)
+                with torch.autocast(self.device.type, enabled=False):
+                    self.memory.write(key, value)
         return self._linear(self._norm(x, "decoder.layer_norm", 1e-5).transpose(0, 1), f"{_GPT}.lm_head")
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -149,9 +163,9 @@ class OfficialComposition:
         config, steps = self.config, tokens.shape[1]
         seen = (tokens != _PAD).long()
         positions = (seen.cumsum(-1) - 1) * seen
-        alibi = _slopes(config.heads)[:, None] * positions[:, None]
+        alibi = _slopes(config.heads).to(self.device)[:, None] * positions[:, None]
         alibi = alibi[:, :, None]
-        hide = torch.ones(steps, steps, dtype=torch.bool).triu(1) | (seen == 0)[:, None, None]
+        hide = torch.ones(steps, steps, dtype=torch.bool, device=self.device).triu(1) | (seen == 0)[:, None, None]
         x = F.embedding(tokens, self.parameters["decoder.embed_tokens.weight"])
         hidden, key, value = [x], x, x
         for i in range(config.layers):
@@ -183,7 +197,8 @@ class OfficialComposition:
     def _joint_attention(self, y: Tensor, layer: int, alibi: Tensor, mask: Tensor) -> Tensor:
         name = f"decoder.layers.{layer}.self_attn"
         searched = self._linear(y, f"{name}.q_proj")
-        memory_key, memory_value, self.chunk_numbers = self.memory.read(searched)
+        with torch.autocast(self.device.type, enabled=False):
+            memory_key, memory_value, self.chunk_numbers = self.memory.read(searched)
         memory_key, memory_value = memory_key.type(y.dtype), memory_value.type(y.dtype)
         q, k, v = (self._time_first_heads(self._linear(y, f"{name}.{part}_proj")) for part in "qkv")
         q = q * q.shape[-1] ** -0.5

@@ -38,11 +38,14 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore: int) -> Tensor:
+        if torch.is_autocast_enabled(hidden.device.type):
+            # Once, and not again for every part.
+            weight = weight.to(torch.get_autocast_dtype(hidden.device.type))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), _TOKENS):
             part = slice(start, start + _TOKENS)
-            logits = F.linear(hidden[part], weight, bias).float()
+            logits = F.linear(hidden[part].to(weight.dtype), weight, bias.to(weight.dtype)).float()
             counted = targets[part] != ignore
             target = targets[part].where(counted, 0)[:, None]
             highest = logits.amax(-1, keepdim=True)

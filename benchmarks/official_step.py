@@ -1,0 +1,50 @@
+"""A training step of the published model, ours beside the published composition.
+
+    python -m benchmarks.official_step                   the published size, one row; some minutes on two cores
+    python -m benchmarks.official_step --layers 6        fewer layers of it
+    python -m benchmarks.official_step --small           a model of a few million parameters
+    python -m benchmarks.official_step --json out.json   the rows, for `python -m benchmarks.report`
+
+The same weights, tokens and optimiser for every provider, a memory as full as the published arithmetic lets it be, and
+the same loss at every step, or no numbers.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see conftest.py
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from longmem.bench import environment, table
+from longmem.bench.official_step import measure_steps, published, small
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.official_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a model of a few million parameters")
+    parser.add_argument("--layers", type=int, default=24, help="backbone layers of the published size (default 24)")
+    parser.add_argument("--rows", type=int, default=1, help="rows of the batch (default 1)")
+    parser.add_argument("--steps", type=int, default=4, help="timed; even, so that half of them evict (default 4)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--json", type=Path, help="write machine, date and rows to this file")
+    options = parser.parse_args(arguments)
+    shape = small(options.rows) if options.small else published(options.layers, options.rows)
+    rows = measure_steps(shape, options.steps, options.device)
+    machine = environment.describe(torch.device(options.device))
+    print(" | ".join(f"{name} {value}" for name, value in machine.items()) + "\n")
+    print(table(rows))
+    if options.json is not None:
+        content = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": [row.as_dict() for row in rows]}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
