@@ -15,7 +15,12 @@ CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device: run by test_triton_interpreter.py", allow_module_level=True)
 
+from interpreter import prepare_once_per_launch  # noqa: E402
+
 from longmem_kernels import chunk_topk  # noqa: E402
+
+if not CUDA:
+    prepare_once_per_launch()
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
 DEVICE = "cuda" if CUDA else "cpu"

@@ -40,8 +40,7 @@ CHUNK = tl.constexpr(32)  # entries of a list that are looked at together
 SOME = tl.constexpr(8)  # and that are moved together
 # Compaction may leave this many groups more than K: a search for any number in a range ends sooner than for one.
 SLACK = tl.constexpr(8)
-# About two programs for each SM of the largest GPUs; below that, the slots are split among programs.
-PROGRAMS_WANTED = 256
+WARPS = 16 * 132  # what the SMs of the largest GPUs hold; the slots are split among them when queries are few
 MERGE_WIDTH = 1024  # groups of all splits that `decide` orders at once
 
 
@@ -202,29 +201,23 @@ def _compact(p_list, K, most, COLUMNS: tl.constexpr, LANES: tl.constexpr, CAPACI
 
 
 @triton.jit
-def chunk_topk_search_kernel(
-    p_query, p_centroid, p_count, p_ring_index, p_list, p_group,
+def _search(
+    task, p_query, p_centroid, p_count, p_ring_index, p_list, p_group,
     s_query_b, s_query_h, s_query_t, s_centroid_r, s_centroid_g, s_centroid_m,
     H, G, T, R, M, K, splits,
     D: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """The K best groups of each split, in no order: entries [B, H, T, splits, BK], NO_ENTRY where there are fewer.
-
-    The query heads of a group search the same centroids, so their queries are one list of H/G * T rows. p_list is
-    scratch, [programs, CAPACITY + 1, BT * LANES].
-    """
+    """One block of queries, one split of the slots; see chunk_topk_search_kernel."""
     COLUMNS: tl.constexpr = BT * LANES
     IN_TILE: tl.constexpr = BM // GROUP // LANES  # groups of one tile in a column
     rows = H // G * T
     blocks = tl.cdiv(rows, BT)
-    pid = tl.program_id(0).to(tl.int64)
-    i_block = pid % blocks  # fastest: programs that run together read the same centroids
-    i_split = (pid // blocks % splits).to(tl.int32)
-    i_g = pid // blocks // splits % G
-    i_b = pid // blocks // splits // G
+    i_block = task % blocks  # fastest: programs that run together read the same centroids
+    i_split = (task // blocks % splits).to(tl.int32)
+    i_g = task // blocks // splits % G
+    i_b = task // blocks // splits // G
     i_r = ring_of_row(p_ring_index, i_b, R)
-    p_list += pid * ((CAPACITY + 1) * COLUMNS)
 
     # A warp has 16 rows of a tile, a thread rows t and t + 8 of them. In this order a thread has queries q and q + BT / 2
     # of the block, and four threads and their lists follow each other in memory.
@@ -245,7 +238,7 @@ def chunk_topk_search_kernel(
     o_first = o_i[None, :, None] * LANES + tl.arange(0, LANES)[None, None, :]
 
     count = tl.minimum(tl.load(p_count + i_r), M)
-    tiles = tl.cdiv(count, BM)
+    tiles = count // BM + tl.minimum(count % BM, 1)  # not cdiv: count + BM may pass 2^31
     per_split = tl.cdiv(tiles, splits)
     first_tile = tl.minimum(i_split * per_split, tiles)
     end_tile = tl.minimum(first_tile + per_split, tiles)
@@ -255,6 +248,7 @@ def chunk_topk_search_kernel(
     length = tl.zeros([COLUMNS], tl.int32)
     bar = tl.zeros([COLUMNS], tl.float32)
     p_state = p_list + CAPACITY * COLUMNS + o_column  # bar above length, while `_compact` works
+    tl.debug_barrier()  # nobody reads the lists of the task before
     _clear(p_list, length, COLUMNS, CAPACITY)
     tl.debug_barrier()
     everything = True  # is appended until there is a bar
@@ -299,14 +293,38 @@ def chunk_topk_search_kernel(
     # The lists of a row one after the other.
     in_lanes = tl.reshape(length, [BT, LANES])
     o_place = tl.reshape(tl.cumsum(in_lanes, axis=1) - in_lanes, [COLUMNS])
+    found = _sum_of_row(length, LANES)
     o_query = i_block * BT + o_column // LANES
-    p_best = p_group + (((i_b * G + i_g) * rows + o_query) * splits + i_split) * BK
     m_query = o_query < rows
+    p_best = p_group + (((i_b * G + i_g) * rows + o_query) * splits + i_split) * BK
     for i in range(K):
         entry = tl.load(p_list + i * COLUMNS + o_column, mask=i < length, other=NO_ENTRY)
         tl.store(p_best + o_place + i, entry, mask=m_query & (i < length))
     for i in range(BK):
-        tl.store(p_best + i, tl.full([COLUMNS], NO_ENTRY, tl.int64), mask=m_query & (i >= _sum_of_row(length, LANES)))
+        tl.store(p_best + i, tl.full([COLUMNS], NO_ENTRY, tl.int64), mask=m_query & (i >= found))
+
+
+@triton.jit
+def chunk_topk_search_kernel(
+    p_query, p_centroid, p_count, p_ring_index, p_list, p_group,
+    s_query_b, s_query_h, s_query_t, s_centroid_r, s_centroid_g, s_centroid_m,
+    H, G, T, R, M, K, splits, tasks,
+    D: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """The K best groups of each split, in no order: entries [B, H, T, splits, BK], NO_ENTRY where there are fewer.
+
+    The query heads of a group search the same centroids, so their queries are one list of H/G * T rows. Programs take
+    more than one task, so that their lists, p_list [programs, CAPACITY + 1, BT * LANES], stay few and in the cache.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    p_list += pid * ((CAPACITY + 1) * BT * LANES)
+    for task in range(pid, tasks, tl.num_programs(0)):
+        _search(
+            task, p_query, p_centroid, p_count, p_ring_index, p_list, p_group,
+            s_query_b, s_query_h, s_query_t, s_centroid_r, s_centroid_g, s_centroid_m,
+            H, G, T, R, M, K, splits, D, BT, BM, BD, BK, GROUP, LANES, CAPACITY,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -356,7 +374,7 @@ def chunk_topk_decide_kernel(
     o_h = i_g * (H // G) + o_row // T
     p_rows = p_query + i_b * s_query_b + o_h * s_query_h + o_row % T * s_query_t
     b_score = tl.zeros([BR, BK * GROUP], tl.float32)
-    for d in tl.static_range(0, D, BD):
+    for d in range(0, D, BD):
         o_d = d + tl.arange(0, BD)
         b_query = tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None], other=0.0).to(tl.float32)
         b_centroid = tl.load(p_slot[:, :, None] + o_d[None, None, :], mask=m_slot[:, :, None], other=0.0)
@@ -372,9 +390,6 @@ def chunk_topk_decide_kernel(
     tl.store(p_scores + o_out, _score_of_key(b_key), mask=m_out)
 
 
-import os
-EXTRA = eval(os.environ.get('EXTRA','{}'))
-
 class Tiles(NamedTuple):
     """Tile sizes of `search`: BT queries, BM slots."""
 
@@ -384,15 +399,21 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def search_tiles(dtype: torch.dtype, rows: int) -> Tiles:
-    """For scores computed in `dtype` and `rows` queries that search the same centroids."""
+def search_tiles(dtype: torch.dtype, rows: int, head_dim: int) -> Tiles:
+    """For scores computed in `dtype` and `rows` queries that search the same centroids: no register is spilled."""
     if dtype == torch.float32:
-        return Tiles(BT=32 if rows > 16 else 16, BM=32, lanes=1, num_warps=4)
+        return Tiles(BT=32 if rows > 16 else 16, BM=32, lanes=1, num_warps=8)
     if rows > 64:
         return Tiles(BT=128, BM=128, lanes=4, num_warps=8)
     if rows > 16:
-        return Tiles(BT=64, BM=128, lanes=4, num_warps=4)
-    return Tiles(BT=16, BM=128, lanes=4, num_warps=4)  # tl.dot needs 16 rows
+        return Tiles(BT=64, BM=128 if head_dim <= 128 else 64, lanes=4, num_warps=4)
+    if head_dim <= 128:
+        return Tiles(BT=16, BM=32, lanes=4, num_warps=1)  # tensor cores take no fewer rows
+    return Tiles(BT=16, BM=64, lanes=4, num_warps=4)
+
+
+def largest_power_of_2(up_to: int) -> int:
+    return 1 << (up_to.bit_length() - 1)
 
 
 def chunk_topk_triton(
@@ -407,24 +428,25 @@ def chunk_topk_triton(
         return ids, scores
 
     rows = H // G * T
-    BT, BM, lanes, num_warps = search_tiles(query.dtype if query.dtype == centroid.dtype else torch.float32, rows)
+    BT, BM, lanes, num_warps = search_tiles(query.dtype if query.dtype == centroid.dtype else torch.float32, rows, D)
     BK = max(2, triton.next_power_of_2(k))
     # A list must hold K + SLACK entries and what one more tile appends.
     capacity = triton.cdiv(k + SLACK.value + BM // GROUP // lanes, CHUNK.value) * CHUNK.value
-    blocks = triton.cdiv(rows, BT)
-    most = min(max(PROGRAMS_WANTED // (B * G * blocks), 1), triton.cdiv(M, BM), MERGE_WIDTH // BK)
-    splits = 1 << (most.bit_length() - 1)
-    programs = B * G * splits * blocks
-    scratch = query.new_empty((programs, capacity + 1, BT * lanes), dtype=torch.int64)
+    tasks = B * G * triton.cdiv(rows, BT)
+    programs = WARPS // num_warps
+    splits = largest_power_of_2(min(max(programs // tasks, 1), triton.cdiv(M, BM), MERGE_WIDTH // BK))
+    tasks *= splits
+    programs = min(programs, tasks)
+    lists = query.new_empty((programs, capacity + 1, BT * lanes), dtype=torch.int64)
     groups = query.new_empty((B, H, T, splits, BK), dtype=torch.int64)
     strides = (*query.stride()[:3], *centroid.stride()[:3])
     BR = max(1, min(triton.next_power_of_2(rows), 512 // max(splits * BK, BK * GROUP)))
     with torch.cuda.device_of(query):
         chunk_topk_search_kernel[(programs,)](
-            query, centroid, count, ring_index, scratch, groups, *strides,
-            H, G, T, R, M, k, splits,
+            query, centroid, count, ring_index, lists, groups, *strides,
+            H, G, T, R, M, k, splits, tasks,
             D=D, BT=BT, BM=BM, BD=triton.next_power_of_2(D), BK=BK, GROUP=GROUP, LANES=lanes, CAPACITY=capacity,
-            num_warps=num_warps, **EXTRA,
+            num_warps=num_warps,
         )  # fmt: skip
         chunk_topk_decide_kernel[(B * G * triton.cdiv(rows, BR),)](
             query, centroid, count, ring_index, groups, ids, scores, *strides,
