@@ -141,6 +141,10 @@ class DecoderLayer(nn.Module):
             key = self.key_norm(key)
         return key, split_heads(self.value(normed), self.kv_heads)
 
+    def stored(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What a memory stores of the layer's input [B, T, E]: key and value [B, G, T, D]."""
+        return self.project_memory(self.input_norm(x))
+
     def local_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         T, S = query.shape[2], key.shape[2]
         if self.slopes is None and self.window is None and (T == S or T == 1):
