@@ -29,7 +29,8 @@ from .data.stream import SegmentStream
 from .model import LongMem
 from .quickstart import run_quickstart
 from .states import StateCache, encode_now
-from .training.trainer import TrainConfig, Trainer
+from .training.config import TrainConfig
+from .training.trainer import Trainer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A frozen language model with a long-term memory.")
 app.add_typer(bench_app, name="bench")

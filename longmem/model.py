@@ -91,12 +91,14 @@ class LongMem(nn.Module):
         targets: Tensor | None = None,
         mask: Tensor | None = None,
         write: bool = True,
+        shares: list[Tensor] | None = None,
     ) -> Output:
-        """`forward` from the backbone's states on: training over cached states starts here."""
+        """`forward` from the backbone's states on: training over cached states starts here. `shares`: see
+        `SideNet.forward`."""
         if targets is not None and targets.shape != (states.key.shape[0], states.key.shape[2]):
             wanted = (states.key.shape[0], states.key.shape[2])
             raise ValueError(f"LongMem: targets must have the shape of tokens, {wanted}, got {tuple(targets.shape)}")
-        logits = self.logits(self.sidenet(states, memory))
+        logits = self.logits(self.sidenet(states, memory, shares=shares))
         loss = None
         if targets is not None:
             # In float32, and defined (zero) when every target is ignored.
@@ -197,11 +199,12 @@ class LongMem(nn.Module):
         sampler = Sampler(temperature, top_p, repetition_penalty, generator, logits_processor)
         return decode(self, tokens, memory, mask, max_new_tokens, sampler, Stop.at(eos, pad, stopping_criteria))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and longmem.safetensors (SideNet only; the backbone is named, not copied)."""
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write config.json and longmem.safetensors (SideNet only; the backbone is named, not copied). `weights`: its
+        `state_dict`, where the parameters themselves are in pieces (FSDP)."""
         about = {"config": self.config.to_dict(), "backbone": self.backbone.name, "fingerprint": self.fingerprint}
         folder = Path(folder)
-        weights = {name: tensor.detach().cpu() for name, tensor in self.sidenet.state_dict().items()}
+        weights = {name: tensor.detach().cpu() for name, tensor in (weights or self.sidenet.state_dict()).items()}
         save_tensors(folder / _WEIGHTS, weights, _KIND, about)
         (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 

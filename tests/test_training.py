@@ -14,7 +14,8 @@ from longmem import LongMem
 from longmem.data.stream import SegmentStream
 from longmem.evaluate.perplexity import perplexity
 from longmem.states import StateCache, encode_now
-from longmem.training.trainer import TrainConfig, Trainer
+from longmem.training.config import TrainConfig
+from longmem.training.trainer import Trainer
 
 SEGMENT = 6
 CONFIG = TrainConfig(steps=8, rows=2, learning_rate=1e-2, warmup=2, save_every=3, precision="float32")
