@@ -22,13 +22,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longmem_kernels._triton import dot, narrow
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of the local kernels, T queries by S keys, and launch options: largest without register spills."""
+    """Tile sizes of the local kernels, T queries by S keys, and launch options: the best found without register spills.
+
+    Two blocks for each multiprocessor, where they fit, are worth more than a larger tile: one computes exponentials
+    while the other multiplies matrices.
+    """
 
     BT: int
     BS: int
@@ -37,29 +43,41 @@ class Tiles:
     maxnreg: int | None = None
 
 
-def local_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
-    """Of the forward kernel."""
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; that of Hopper for the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def local_tiles(dtype: torch.dtype, head_dim: int, hopper: bool) -> Tiles:
+    """Of the forward kernel. `hopper`: products read their operands from shared memory, which leaves more registers."""
     if dtype == torch.float32:
         return Tiles(32, 32) if head_dim <= 64 else Tiles(16, 16)
     if head_dim <= 64:
-        return Tiles(128, 64, num_warps=8)
-    return Tiles(128, 64, num_warps=8) if head_dim <= 128 else Tiles(64, 32, num_warps=8)
+        return Tiles(128, 64, num_warps=8, maxnreg=128 if hopper else None)
+    if head_dim <= 128:
+        return Tiles(128, 64, num_warps=8) if hopper else Tiles(64, 64, num_stages=2)
+    return Tiles(64, 32, num_warps=8, num_stages=2)
 
 
-def query_grad_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
+def query_grad_tiles(dtype: torch.dtype, head_dim: int, hopper: bool) -> Tiles:
     if dtype == torch.float32:
         return Tiles(32, 32, num_warps=8) if head_dim <= 64 else Tiles(16, 16, num_warps=8, num_stages=1)
     if head_dim <= 64:
-        return Tiles(128, 64, num_warps=8)
-    return Tiles(64, 64, num_warps=8) if head_dim <= 128 else Tiles(32, 32, num_warps=8)
+        return Tiles(64, 64)
+    if head_dim <= 128:
+        return Tiles(128 if hopper else 64, 64, num_warps=8, num_stages=2)
+    return Tiles(32, 32, num_warps=8, num_stages=2)
 
 
-def key_value_grad_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
+def key_value_grad_tiles(dtype: torch.dtype, head_dim: int, hopper: bool, dropout: bool) -> Tiles:
+    """`dropout` needs the weights twice, whole and thinned."""
     if dtype == torch.float32:
         return Tiles(32, 32, num_warps=8) if head_dim <= 64 else Tiles(16, 16, num_warps=8, num_stages=1)
     if head_dim <= 64:
-        return Tiles(64, 128, num_warps=8)
-    return Tiles(32, 64, num_warps=8) if head_dim <= 128 else Tiles(32, 32, num_warps=8)
+        return Tiles(64 if hopper and not dropout else 32, 128, num_warps=8)
+    if head_dim <= 128:
+        return Tiles(32, 128 if hopper and not dropout else 64, num_warps=8, num_stages=2)
+    return Tiles(32, 32, num_warps=8, num_stages=2)
 
 
 @dataclass(frozen=True)
@@ -76,10 +94,11 @@ def bank_of(memory_key: Tensor, memory_value: Tensor, tokens: int) -> Bank:
     """`tokens`: how many a query has retrieved.
 
     A warp reads BT queries' tokens, 16 bytes of a token per lane, BJ tokens one after another: the lanes of a query
-    hold all of its tokens, and its softmax needs no other warp. Float8 is read as bytes where there is no instruction
-    that converts it.
+    hold all of its tokens, and its softmax needs no other warp. Float8 is read as bytes where no instruction converts
+    it, and in the interpreter, which converts it inexactly.
     """
     M, C, D = memory_key.shape[2:]
+    interpreted = triton.knobs.runtime.interpret
     BD = triton.next_power_of_2(D)
     strides = (*memory_key.stride()[:4], *memory_value.stride()[:4])
     options = {
@@ -91,14 +110,9 @@ def bank_of(memory_key: Tensor, memory_value: Tensor, tokens: int) -> Bank:
         "BT": max(1, 32 * 16 // memory_key.element_size() // BD),
         "BJ": min(8 if memory_key.element_size() > 1 else 4, triton.next_power_of_2(tokens)),
     }
-    if memory_key.dtype == torch.float8_e4m3fn and not converts_float8(memory_key.device):
+    if memory_key.dtype == torch.float8_e4m3fn and (interpreted or capability(memory_key.device) < (8, 9)):
         memory_key, memory_value = memory_key.view(torch.uint8), memory_value.view(torch.uint8)
     return Bank(memory_key, memory_value, strides, options)
-
-
-def converts_float8(device: torch.device) -> bool:
-    """Whether Triton converts float8_e4m3fn there (and its interpreter, which rounds it to bfloat16, does not)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def drop_threshold(dropout_p: float) -> int:
@@ -202,7 +216,8 @@ def local_scores(
             m_seen = m_seen & (o_query - o_key < window)
         b_score = tl.where(m_seen, b_score, float("-inf"))
     if p_key_mask is not None:
-        m_key = tl.load(p_key_mask + o_key.to(tl.int64) * s_mask_s, mask=o_key < S, other=0)
+        p_key_mask += o_key.to(tl.int64) * s_mask_s
+        m_key = tl.load(p_key_mask, mask=o_key < S, other=0) if MASKED else tl.load(p_key_mask)
         b_score = tl.where(m_key != 0, b_score, float("-inf"))
     return b_score
 
@@ -286,3 +301,85 @@ def token_scales(p_scale, p_bank, b_slot, m_there):
         return b_key_scale * 256.0, b_value_scale * 256.0
     else:
         return b_key_scale, b_value_scale
+
+
+@triton.jit
+def attend(
+    b_query, b_max, b_sum, b_out, begin, end, p_key, p_value, s_key_s, s_value_s,
+    o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, RISING: tl.constexpr,
+    D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One pass of flash attention over keys begin ... end - 1: the running maximum, sum and output after it."""
+    if slope is not None and not MASKED:
+        b_max += alibi_rows(slope, o_query, first)
+    for start in range(begin, end, BS):
+        o_key = start + tl.arange(0, BS)
+        b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
+        b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)
+        b_dot = dot(b_query, tl.trans(b_key))
+        if MASKED or not RISING or slope is not None or p_key_mask is not None:
+            b_bias = alibi_bias(slope, o_query, start, first, BS, MASKED)
+            b_score = local_scores(
+                b_dot, b_bias, o_query[:, None], o_key[None, :], S, scale, p_key_mask, s_mask_s, window, CAUSAL, MASKED
+            )
+            b_new_max = tl.maximum(b_max, tl.max(b_score, axis=1))
+            b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+            b_weight = tl.exp2(b_score - b_base[:, None])
+        else:  # scaling the maximum saves a multiplication of every score
+            b_new_max = tl.maximum(b_max, tl.max(b_dot, axis=1) * (scale * LOG2E))
+            b_base = b_new_max
+            b_weight = tl.exp2(b_dot * (scale * LOG2E) - b_base[:, None])
+        b_shrink = tl.exp2(b_max - b_base)
+        b_sum = b_sum * b_shrink + tl.sum(b_weight, axis=1)
+        if p_seed is not None:
+            b_weight = tl.where(kept_by_dropout(b_row[:, None], o_key[None, :], threshold), b_weight, 0.0)
+        b_out = b_out * b_shrink[:, None] + dot(narrow(b_weight, b_value.dtype), b_value)
+        b_max = b_new_max
+    if slope is not None and not MASKED:
+        b_max -= alibi_rows(slope, o_query, first)
+    return b_max, b_sum, b_out
+
+
+@triton.jit
+def attend_tokens(
+    b_query, b_max, b_sum, b_out, begin, end, p_key, p_value, p_ids, p_scale, o_t, T, M,
+    s_ids_t, s_ids_k, s_key_m, s_key_c, s_value_m, s_value_c,
+    K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr,
+    SAME: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`attend` for retrieved tokens begin ... end - 1; b_query is float32, scaled, in units of log 2.
+
+    Every query has its own tokens, so nothing is shared for a matrix product: scores are sums over a [BJ, BT, BD] tile.
+    The K * C tokens are one list, whatever C is.
+    """
+    for start in range(begin, end, BJ):
+        b_slot, o_key, o_value, m_there = retrieved_tokens(
+            p_ids, o_t, start + tl.arange(0, BJ), T, M, s_ids_t, s_ids_k, s_key_m, s_key_c, s_value_m, s_value_c,
+            K, C, SAME, WIDE,
+        )  # fmt: skip
+        b_key = load_tokens(p_key, o_key, m_there, D, BD)
+        b_value = load_tokens(p_value, o_value, m_there, D, BD)
+        b_score = tl.sum(b_query[None, :, :] * b_key, axis=2)  # [BJ, BT]
+        if p_scale is not None:
+            b_key_scale, b_value_scale = token_scales(p_scale, p_key, b_slot, m_there)
+            b_score *= b_key_scale
+        b_score = tl.where(m_there, b_score, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_score, axis=0))
+        b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # nothing found yet: exp2(-inf - 0), not NaN
+        b_shrink = tl.exp2(b_max - b_base)
+        b_weight = tl.exp2(b_score - b_base[None, :])
+        b_sum = b_sum * b_shrink + tl.sum(b_weight, axis=0)
+        if p_scale is not None:
+            b_weight *= b_value_scale
+        b_out = b_out * b_shrink[:, None] + tl.sum(b_weight[:, :, None] * b_value, axis=0)
+        b_max = b_new_max
+    return b_max, b_sum, b_out
+
+
+@triton.jit
+def finish(b_max, b_sum, b_out):
+    """Output and log-sum-exp, in units of log 2, of a softmax; 0 and -inf where nothing was seen."""
+    m_none = b_sum == 0.0
+    b_sum = tl.where(m_none, 1.0, b_sum)
+    return b_out / b_sum[:, None], tl.where(m_none, float("-inf"), b_max + tl.log2(b_sum))

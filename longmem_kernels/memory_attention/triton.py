@@ -13,25 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longmem_kernels._triton import dot, narrow, ring_of_row
+from longmem_kernels._triton import narrow, ring_of_row
 from longmem_kernels.memory_attention._triton_common import (
     LN2,
     LOG2E,
-    alibi_bias,
-    alibi_rows,
     alibi_slope,
+    attend,
+    attend_tokens,
     bank_of,
+    capability,
     drop_threshold,
     dropout_rows,
+    finish,
     fusion_share,
-    kept_by_dropout,
     load_rows,
-    load_tokens,
-    local_scores,
     local_tiles,
-    retrieved_tokens,
     seen_keys,
-    token_scales,
 )
 from longmem_kernels.memory_attention.triton_decode import decode_forward, few_queries
 
@@ -47,11 +44,7 @@ def memory_attention_memory_kernel(
     K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
     SAME: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Attention of BT queries to the tokens of their chunks: out [B, H, T, D] float32 and log-sum-exp [B, H, T].
-
-    Every query gathers its own tokens, so nothing is shared for a matrix product: scores are sums over a
-    [BJ, BT, BD] tile. The K * C tokens are one list, whatever C is.
-    """
+    """Attention of BT queries to the tokens of their chunks: out [B, H, T, D] float32 and log-sum-exp [B, H, T]."""
     blocks = tl.cdiv(T, BT)
     pid = tl.program_id(0)
     i_block = pid % blocks
@@ -72,73 +65,16 @@ def memory_attention_memory_kernel(
     b_max = tl.full([BT], float("-inf"), tl.float32)
     b_sum = tl.zeros([BT], tl.float32)
     b_out = tl.zeros([BT, BD], tl.float32)
-    for start in range(0, K * C, BJ):
-        b_slot, o_key, o_value, m_there = retrieved_tokens(
-            p_ids, o_t, start + tl.arange(0, BJ), T, M, s_ids_t, s_ids_k, s_key_m, s_key_c, s_value_m, s_value_c,
-            K, C, SAME, WIDE,
-        )  # fmt: skip
-        b_key = load_tokens(p_key, o_key, m_there, D, BD)
-        b_value = load_tokens(p_value, o_value, m_there, D, BD)
-        b_score = tl.sum(b_query[None, :, :] * b_key, axis=2)  # [BJ, BT]
-        if p_scale is not None:
-            b_key_scale, b_value_scale = token_scales(p_scale, p_key, b_slot, m_there)
-            b_score *= b_key_scale
-        b_score = tl.where(m_there, b_score, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_score, axis=0))
-        b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # nothing found yet: exp2(-inf - 0), not NaN
-        b_shrink = tl.exp2(b_max - b_base)
-        b_weight = tl.exp2(b_score - b_base[None, :])
-        b_sum = b_sum * b_shrink + tl.sum(b_weight, axis=0)
-        if p_scale is not None:
-            b_weight *= b_value_scale
-        b_out = b_out * b_shrink[:, None] + tl.sum(b_weight[:, :, None] * b_value, axis=0)
-        b_max = b_new_max
-
-    m_none = b_sum == 0.0
-    b_sum = tl.where(m_none, 1.0, b_sum)
+    b_max, b_sum, b_out = attend_tokens(
+        b_query, b_max, b_sum, b_out, 0, K * C, p_key, p_value, p_ids, p_scale, o_t, T, M,
+        s_ids_t, s_ids_k, s_key_m, s_key_c, s_value_m, s_value_c, K, C, D, BD, BJ, SAME, WIDE,
+    )  # fmt: skip
+    b_out, b_lse = finish(b_max, b_sum, b_out)
     o_d = tl.arange(0, BD)
     m_t = o_t < T
     o_row = (i_b * H + i_h) * T + o_t
-    tl.store(p_out + o_row[:, None] * D + o_d[None, :], b_out / b_sum[:, None], mask=m_t[:, None] & (o_d < D)[None, :])
-    tl.store(p_lse + o_row, tl.where(m_none, float("-inf"), (b_max + tl.log2(b_sum)) * LN2), mask=m_t)
-
-
-@triton.jit
-def _attend(
-    b_query, b_max, b_sum, b_out, begin, end, p_key, p_value, s_key_s, s_value_s,
-    o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, RISING: tl.constexpr,
-    D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """One pass of flash attention over keys begin ... end - 1: the running maximum, sum and output after it."""
-    if slope is not None and not MASKED:
-        b_max += alibi_rows(slope, o_query, first)
-    for start in range(begin, end, BS):
-        o_key = start + tl.arange(0, BS)
-        b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
-        b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)
-        b_dot = dot(b_query, tl.trans(b_key))
-        if MASKED or not RISING or slope is not None or p_key_mask is not None:
-            b_bias = alibi_bias(slope, o_query, start, first, BS, MASKED)
-            b_score = local_scores(
-                b_dot, b_bias, o_query[:, None], o_key[None, :], S, scale, p_key_mask, s_mask_s, window, CAUSAL, MASKED
-            )
-            b_new_max = tl.maximum(b_max, tl.max(b_score, axis=1))
-            b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-            b_weight = tl.exp2(b_score - b_base[:, None])
-        else:  # scaling the maximum saves a multiplication of every score
-            b_new_max = tl.maximum(b_max, tl.max(b_dot, axis=1) * (scale * LOG2E))
-            b_base = b_new_max
-            b_weight = tl.exp2(b_dot * (scale * LOG2E) - b_base[:, None])
-        b_shrink = tl.exp2(b_max - b_base)
-        b_sum = b_sum * b_shrink + tl.sum(b_weight, axis=1)
-        if p_seed is not None:
-            b_weight = tl.where(kept_by_dropout(b_row[:, None], o_key[None, :], threshold), b_weight, 0.0)
-        b_out = b_out * b_shrink[:, None] + dot(narrow(b_weight, b_value.dtype), b_value)
-        b_max = b_new_max
-    if slope is not None and not MASKED:
-        b_max -= alibi_rows(slope, o_query, first)
-    return b_max, b_sum, b_out
+    tl.store(p_out + o_row[:, None] * D + o_d[None, :], b_out, mask=m_t[:, None] & (o_d < D)[None, :])
+    tl.store(p_lse + o_row, b_lse * LN2, mask=m_t)
 
 
 @triton.jit
@@ -179,27 +115,25 @@ def memory_attention_local_kernel(
     b_sum = tl.zeros([BT], tl.float32)
     b_out = tl.zeros([BT, BD], tl.float32)
     if window is not None:
-        b_max, b_sum, b_out = _attend(
+        b_max, b_sum, b_out = attend(
             b_query, b_max, b_sum, b_out, begin, all_begin, p_key, p_value, s_key_s, s_value_s,
             o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
             CAUSAL, True, RISING, D, BS, BD,
         )  # fmt: skip
-    b_max, b_sum, b_out = _attend(
+    b_max, b_sum, b_out = attend(
         b_query, b_max, b_sum, b_out, all_begin, all_end, p_key, p_value, s_key_s, s_value_s,
         o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
         CAUSAL, False, RISING, D, BS, BD,
     )  # fmt: skip
-    b_max, b_sum, b_out = _attend(
+    b_max, b_sum, b_out = attend(
         b_query, b_max, b_sum, b_out, all_end, end, p_key, p_value, s_key_s, s_value_s,
         o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
         CAUSAL, True, RISING, D, BS, BD,
     )  # fmt: skip
 
-    m_none = b_sum == 0.0
-    b_sum = tl.where(m_none, 1.0, b_sum)
-    b_out = b_out * (kept_scale / b_sum)[:, None]
-    b_lse = tl.where(m_none, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
-
+    b_out, b_lse = finish(b_max, b_sum, b_out)
+    b_out *= kept_scale
+    b_lse *= LN2
     o_d = tl.arange(0, BD)
     m_t = o_t < T
     m_out = m_t[:, None] & (o_d < D)[None, :]
@@ -261,14 +195,17 @@ def memory_attention_forward(
     dropout = (drop_threshold(dropout_p), 1 / (1 - dropout_p))
     with torch.cuda.device_of(query):
         if few_queries(T):
-            decode_forward()
+            decode_forward(
+                query, key, value, memory_query, bank, chunk_ids, memory_scale, ring_index, gate, alibi_slopes,
+                key_mask, dropout_seed, scale, causal, window, dropout_p, outputs,
+            )  # fmt: skip
             return outputs
         memory_attention_memory_kernel[(triton.cdiv(T, bank.options["BT"]) * B * H,)](
             memory_query, bank.key, bank.value, chunk_ids, memory_scale, ring_index, memory_out, memory_lse,
             *memory_query.stride()[:3], *bank.strides, *chunk_ids.stride(),
             B, H, G, T, R, M, scale, K=K, **bank.options, num_warps=1,
         )  # fmt: skip
-        tiles = local_tiles(query.dtype, D)
+        tiles = local_tiles(query.dtype, D, capability(query.device) >= (9, 0))
         memory_attention_local_kernel[(triton.cdiv(T, tiles.BT) * H * B,)](
             query, key, value, gate, alibi_slopes, key_mask, dropout_seed, memory_out, memory_lse,
             out, local_out, local_lse,

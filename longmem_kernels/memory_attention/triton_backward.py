@@ -1,8 +1,8 @@
 """memory_attention in Triton, backward: a kernel for each gradient, none of which adds into memory another one writes.
 
 With p the weight of a key in the output, both softmaxes and the fusion included, the gradient of its score is
-`p * (grad . value + offset)`, where `offset = (gradient of the log-sum-exp) / w - grad . x`: w is its part of the output
-(see _triton_common), x the part's own output ("gated": two softmaxes) or the fused output ("joint": one softmax).
+`p * (grad . value + offset)`, where `offset = (gradient of the log-sum-exp) / w - grad . x`: w is its part of the
+output (see _triton_common), x the part's own output ("gated": two softmaxes) or the fused one ("joint": one softmax).
 Dropout multiplies grad . value by 0 or 1 / (1 - dropout_p). The first kernel makes what depends on the row alone; the
 others recompute the scores.
 """
@@ -22,6 +22,7 @@ from longmem_kernels.memory_attention._triton_common import (
     alibi_rows,
     alibi_slope,
     bank_of,
+    capability,
     drop_threshold,
     dropout_rows,
     fusion_share,
@@ -268,13 +269,14 @@ def _key_value_grad(
         )  # fmt: skip
         b_weight = tl.exp2(b_score - b_base[None, :])
         b_value_dot = dot(b_value, tl.trans(b_grad))
-        b_kept_weight = b_weight
         if p_seed is not None:
             m_kept = kept_by_dropout(dropout_rows(p_seed, o_row)[None, :], o_key[:, None], threshold)
-            b_kept_weight = tl.where(m_kept, b_weight * kept_scale, 0.0)
-            b_value_dot = tl.where(m_kept, b_value_dot * kept_scale, 0.0)
-        b_value_grad += dot(narrow(b_kept_weight, b_grad.dtype), b_grad)
-        b_score_grad = b_weight * (b_value_dot + b_offset[None, :])
+            b_kept = tl.where(m_kept, b_weight * kept_scale, 0.0)
+            b_value_grad += dot(narrow(b_kept, b_grad.dtype), b_grad)
+            b_score_grad = b_kept * b_value_dot + b_weight * b_offset[None, :]
+        else:
+            b_value_grad += dot(narrow(b_weight, b_grad.dtype), b_grad)
+            b_score_grad = b_weight * (b_value_dot + b_offset[None, :])
         b_key_grad += dot(narrow(b_score_grad, b_query.dtype), b_query)
     return b_key_grad, b_value_grad
 
@@ -390,6 +392,7 @@ def memory_attention_backward(
     local_rows, memory_rows = (tuple(torch.empty_like(gate_grad) for _ in range(2)) for _ in range(2))
     bank = bank_of(memory_key, memory_value, K * C)
     BD = bank.options["BD"]
+    hopper = capability(query.device) >= (9, 0)
     grad_strides = grad.stride()[:3]
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
     local = (
@@ -407,12 +410,12 @@ def memory_attention_backward(
             memory_query_grad, *grad_strides, *memory_query.stride()[:3], *bank.strides,
             *chunk_ids.stride(), B, H, G, T, R, M, scale, K=K, **bank.options, num_warps=1,
         )  # fmt: skip
-        tiles = query_grad_tiles(query.dtype, D)
+        tiles = query_grad_tiles(query.dtype, D, hopper)
         memory_attention_query_grad_kernel[(triton.cdiv(T, tiles.BT) * H * B,)](
             grad, query, key, value, alibi_slopes, key_mask, dropout_seed, *local_rows, query_grad,
             *local, CAUSAL=causal, D=D, BD=BD, **vars(tiles),
         )  # fmt: skip
-        tiles = key_value_grad_tiles(query.dtype, D)
+        tiles = key_value_grad_tiles(query.dtype, D, hopper, dropout_seed is not None)
         memory_attention_key_value_grad_kernel[(triton.cdiv(S, tiles.BS) * G * B,)](
             grad, query, key, value, alibi_slopes, key_mask, dropout_seed, *local_rows,
             key_grad, value_grad, *local, GROUP=H // G, CAUSAL=causal, D=D, BD=BD, **vars(tiles),
