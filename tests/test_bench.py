@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from longmem.bench import GateError, Provider, Shape, measure, plot, plot_sweeps, providers, table
+from longmem.bench import GateError, Provider, Shape, measure, plot, plot_sweeps, providers, table, timing
 from longmem.bench.inputs import FusionInputs, WriteInputs, draw
 from longmem.bench.measure import Case, Unavailable
 from longmem.bench.memory import peak_extra_bytes
@@ -265,6 +266,49 @@ def test_providers_leave_the_shared_inputs_alone() -> None:
         if provider.unavailable(SHAPE, CPU) is None:
             case.admit(provider).run()
     assert torch.equal(case.inputs.ring.store, before)
+
+
+def test_device_timer_flushes_before_cold_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device whose clock is a counter; calls take longer when the cache was flushed before them."""
+    clock, flushed, captured = [0.0], [False], [0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    class Graph:
+        def replay(self) -> None:
+            captured[0] += 1
+            clock[0] += 0.125 + 0.25 * flushed[0]
+
+    def run() -> None:
+        clock[0] += 0.0625 + 0.03125 * flushed[0]
+        flushed[0] = False
+
+    def flush() -> None:
+        clock[0] += 100.0
+        flushed[0] = True
+
+    quiet = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "Event": Event, "CUDAGraph": Graph, "Stream": lambda: quiet, "current_stream": lambda: quiet,
+        "synchronize": lambda *device: None, "device": lambda device: nullcontext(), "stream": lambda one: nullcontext(),
+        "graph": lambda graph: nullcontext(),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(timing.torch, "empty", lambda *size, **options: SimpleNamespace(zero_=flush))
+    times = timing.cuda_times(run, CPU, 4, graphable=True)
+    assert times.cold == [pytest.approx(0.09375e-3)] * 4
+    assert times.warm == [pytest.approx(0.0625e-3)] * 4
+    assert times.graph == [pytest.approx(0.375e-3)] * 4 and captured[0] == 4
+    assert timing.cuda_times(run, CPU, 2, graphable=False).graph is None
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ from .report import quantity, table
 from .results import Result
 from .shapes import MODELS, Shape
 
+_SAVE_EVERY = 20.0  # seconds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 bench_app = typer.Typer(
@@ -71,9 +73,15 @@ def _answer(
     work = suite.tasks(todo, wanted)
     _announce(device)
     rows: list[Row] = []
+    saved = time.monotonic()
     with tqdm(total=len(work), desc="bench", unit="row") as bar:
         for task, row in suite.run(work, device, seconds=seconds, minutes=minutes):
             rows.append(row)
+            if (
+                json is not None and time.monotonic() - saved > _SAVE_EVERY
+            ):  # a run that is cut short leaves what it has
+                Result.now(rows, device).save(json)
+                saved = time.monotonic()
             bar.set_postfix_str(f"{task.point.op}: {task.provider.name}"[:60], refresh=False)
             bar.update()
     typer.echo(table(rows))

@@ -125,6 +125,8 @@ def _not_timed(group: list[Row]) -> list[str]:
 
 
 def _lines(panel: Any, op: str, sweep: str, points: list[list[Row]], styles: dict[str, dict[str, Any]]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     symbol = sweep.split()[0]
     for name in dict.fromkeys(name_of(row) for point in points for row in point):
         timed = [
@@ -151,6 +153,8 @@ def _lines(panel: Any, op: str, sweep: str, points: list[list[Row]], styles: dic
     panel.set_yscale("log")
     ticks = [size_of(point[0], sweep) for point in points]
     panel.set_xticks(ticks, [_short(size) for size in ticks], fontsize=7)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 1)))
     panel.minorticks_off()
     panel.tick_params(axis="y", labelsize=7)
     panel.set_xlabel(symbol, fontsize=8)

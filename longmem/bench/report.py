@@ -36,7 +36,8 @@ def sweeps(rows: Sequence[Row]) -> dict[tuple[str, str], list[list[Row]]]:
 def table(rows: Sequence[Row]) -> str:
     """Every measurement as text, what could not run with its reason."""
     single = [_one_table(group) for group in grouped([row for row in rows if not row.sweep]).values()]
-    return "\n\n".join([*single, *(_sweep_table(points) for points in sweeps(rows).values()), _LEGEND])
+    swept = [_sweep_table(points) for points in sweeps(rows).values()]
+    return "\n\n".join([*single, *swept, *_missing([row for row in rows if row.sweep]), _LEGEND])
 
 
 def title(row: Row) -> str:
@@ -184,9 +185,10 @@ def size_of(row: Row, sweep: str) -> int:
 def common_shape(points: Sequence[Sequence[Row]], sweep: str) -> str:
     """What the shapes of a sweep have in common, the swept size as "M=..."."""
     symbol = sweep.split()[0]
-    shapes = [point[0].shape.split() for point in points]
-    parts = [part for part in shapes[0] if all(part in other for other in shapes)]
-    return " ".join([*parts, f"{symbol}=..."])
+    *others, last = (point[0].shape.split() for point in points)
+    # A single row shares its ring with nobody, and does not name R.
+    parts = [part for part in last if part.startswith("R=") or all(part in other for other in others)]
+    return " ".join([*(part for part in parts if not part.startswith(f"{symbol}=")), f"{symbol}=..."])
 
 
 def _sweep_table(points: list[list[Row]]) -> str:
@@ -195,16 +197,10 @@ def _sweep_table(points: list[list[Row]]) -> str:
     sweep = first.sweep or ""
     symbol = sweep.split()[0]
     processor = title(first).split("] on ", 1)[1]
-    names = list(dict.fromkeys(name_of(row) for point in points for row in point))
     lines = [["ms", *(f"{symbol}={size_of(point[0], sweep):,}" for point in points)]]
-    reasons: dict[str, str] = {}
-    for name in names:
-        cells = []
-        for point in points:
-            row = next((row for row in point if name_of(row) == name), None)
-            cells.append("-" if row is None or row.median_ms is None else _milliseconds(row.median_ms))
-            if row is not None and row.median_ms is None:
-                reasons.setdefault(name, _why(row))
+    for name in dict.fromkeys(name_of(row) for point in points for row in point):
+        rows = [next((row for row in point if name_of(row) == name), None) for point in points]
+        cells = ["-" if row is None else _milliseconds(row.median_ms) or "-" for row in rows]
         if any(cell != "-" for cell in cells):
             lines.append([name, *cells])
     ratios = []
@@ -212,5 +208,11 @@ def _sweep_table(points: list[list[Row]]) -> str:
         ours, best = best_of_ours(point), best_baseline(point)
         ratios.append("-" if ours is None or best is None else f"{best / ours:.2f}")
     lines.append(["ours x best", *ratios])
-    text = [f"{first.op}, {sweep} [{common_shape(points, sweep)} {first.dtype}] on {processor}", *aligned(lines)]
-    return "\n".join([*text, *(f"{name}: {reason}" for name, reason in reasons.items())])
+    heading = f"{first.op}, {sweep} [{common_shape(points, sweep)} {first.dtype}] on {processor}"
+    return "\n".join([heading, *aligned(lines)])
+
+
+def _missing(rows: Sequence[Row]) -> list[str]:
+    """Why rows of sweeps have no time, each reason once."""
+    reasons = dict.fromkeys(f"{row.op}: {name_of(row)}: {_why(row)}" for row in rows if row.median_ms is None)
+    return ["\n".join(["Without a time in these sweeps:", *reasons])] if reasons else []

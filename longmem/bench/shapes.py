@@ -124,7 +124,7 @@ def base(op: str, *, paper: bool) -> Shape:
         return replace(MODEL_CPU, H=16, G=16, M=16384, dtype=torch.bfloat16) if paper else MODEL_CPU
     if op == "train_step":
         tokens = 1024 if paper else 256
-        return replace(base("generate", paper=paper), B=8 if paper else 2, T=tokens, S=0)
+        return replace(base("generate", paper=paper), B=2, T=tokens, S=0)
     if op == "memory_layer":
         return replace(PAPER, R=1) if paper else LAYER_CPU
     if paper:
@@ -162,19 +162,20 @@ def default_sweeps(op: str, *, paper: bool) -> dict[str, list[Shape]]:
             "C": vary(shape, C=[1, 4, 16, 64]),
             "B decoding": vary(replace(one, M=256), B=[1, 8, 64]),  # the cost does not depend on M, the memory does
         }
+    few = shape if paper else replace(shape, B=1)
     if op == "memory_attention":
         return {
-            "T": vary(shape, T=[512, 1024, 2048, 4096] if paper else [128, 512, 1024, 2048]),
-            "K": vary(shape, K=[8, 16, 32, 64]),
-            "C": [replace(shape, C=size, K=64 // size) for size in (1, 4, 16, 64)],  # 64 tokens however they are cut
-            "D": vary(shape, D=[64, 128]),
-            "G": vary(shape, G=[size for size in (1, 4, shape.H) if shape.H % size == 0]),
+            "T": vary(few, T=[512, 1024, 2048, 4096] if paper else [128, 512, 1024, 2048]),
+            "K": vary(few, K=[8, 16, 32, 64]),
+            "C": [replace(few, C=size, K=64 // size) for size in (1, 4, 16, 64)],  # 64 tokens however they are cut
+            "D": vary(few, D=[64, 128]),
+            "G": vary(few, G=[size for size in (1, 4, shape.H) if shape.H % size == 0]),
             "R": vary(shape, R=[0, 1]),
             "S decoding": vary(one, S=[512, 2048, 8192]),
             "B decoding": vary(replace(one, R=1), B=[1, 8, 64]),
         }
     if op == "memory_attention_backward":
-        return {"T": vary(shape, T=[128, 512, 1024]), "K": vary(shape, K=[8, 16, 32])}
+        return {"T": vary(few, T=[128, 512, 1024]), "K": vary(few, K=[8, 16, 32])}
     if op == "memory_layer":
         return {"M": vary(shape, M=[4096, 16384, 65536])}
     return {}
