@@ -137,9 +137,7 @@ def train(
             load_documents(data, "train", tokenizer, min_tokens=segment + 1, cut=document_tokens)
         )
         announce(model, precision)
-        source = (
-            StateCache(model, documents, out / "states", precision=precision) if cache_states else encode_now(model)
-        )
+        cache = StateCache(model, documents, out / "states", precision=precision) if cache_states else None
         stream = SegmentStream(documents, rows=rows, segment=segment, seed=seed, repeat=True)
         train_with_bar(Trainer(model, stream, cache or encode_now(model), config, out, tensorboard=tensorboard))
         typer.echo(f"saved {out}/longmem.safetensors; metrics in {out}/metrics.jsonl")
