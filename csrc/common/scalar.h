@@ -18,8 +18,11 @@ inline Scalar scalar_of(torch::headeronly::ScalarType type, const char* op, cons
       return Scalar::bf16;
     case torch::headeronly::ScalarType::Half:
       return Scalar::f16;
+    case torch::headeronly::ScalarType::Float8_e4m3fn:
+      return Scalar::e4m3;
     default:
-      STD_TORCH_CHECK(false, op, ": ", argument, " must be float32, bfloat16 or float16, got ScalarType ",
+      STD_TORCH_CHECK(false, op, ": ", argument,
+                      " must be float32, bfloat16, float16 or float8_e4m3fn, got ScalarType ",
                       static_cast<int>(type));
   }
 }
@@ -29,7 +32,7 @@ struct Type {
   using type = T;
 };
 
-// Calls f(Type<T>{}) with the CPU type of `scalar`.
+// Calls f(Type<T>{}) with the CPU type of `scalar`, which is not e4m3.
 template <typename F>
 void dispatch_cpu(Scalar scalar, F&& f) {
   switch (scalar) {
@@ -39,6 +42,8 @@ void dispatch_cpu(Scalar scalar, F&& f) {
       return f(Type<c10::BFloat16>{});
     case Scalar::f16:
       return f(Type<c10::Half>{});
+    case Scalar::e4m3:
+      STD_TORCH_CHECK(false, "float8_e4m3fn is a storage format; nothing is computed in it");
   }
 }
 

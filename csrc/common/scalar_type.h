@@ -2,7 +2,8 @@
 
 namespace longmem {
 
-// Element types the kernels take.
-enum class Scalar { f32, bf16, f16 };
+// Element types the kernels take. Only memory may be e4m3, with a float32 scale for the keys and one for the
+// values of each chunk.
+enum class Scalar { f32, bf16, f16, e4m3 };
 
 }  // namespace longmem

@@ -3,6 +3,7 @@
 //
 // Everything is internal to that file, and nothing of the standard library's templates is used: a function
 // that the linker could share between instruction sets would be one that a lesser CPU cannot run.
+#pragma once
 
 #include <cmath>
 #include <cstdint>
@@ -22,6 +23,9 @@ constexpr float kInfinity = __builtin_inff();
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), may_alias, aligned(4)));
 typedef int32_t IntVector __attribute__((vector_size(kLanes * sizeof(int32_t)), may_alias, aligned(4)));
+typedef uint32_t BitsVector __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias, aligned(4)));
+typedef uint16_t ShortVector __attribute__((vector_size(kLanes * sizeof(uint16_t)), may_alias, aligned(2)));
+typedef uint8_t ByteVector __attribute__((vector_size(kLanes), may_alias, aligned(1)));
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -64,88 +68,178 @@ inline Vector exp_of_negative(Vector x) {
   return x < -87.0f ? Vector{} : p * scale;
 }
 
-// A zero-initialised array.
+// A zero-initialised array, aligned to whole vectors: those that straddle cache lines cost two loads.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(new T[n]()) {}
-  ~Buffer() { delete[] data_; }
+  explicit Buffer(int64_t n) : storage_(new char[n * sizeof(T) + 64]()) {
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage_) + 63) / 64 * 64);
+  }
+  ~Buffer() { delete[] storage_; }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator T*() const { return data_; }
 
  private:
+  char* storage_;
   T* data_;
 };
 
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 0x1f, mantissa = h & 0x3ffu;
-  uint32_t bits;
-  if (exponent == 0x1f) {
-    bits = sign | 0x7f800000u | (mantissa << 13);
-  } else if (exponent != 0) {
-    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
-  } else {  // zero and subnormals are multiples of 2^-24
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+inline Vector floats_of(BitsVector bits) {
+  Vector v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+inline BitsVector bits_of(Vector v) {
+  BitsVector bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+// Zero and subnormals are multiples of the smallest number: with the exponent of the smallest normal one they
+// are that much too large, and subtracting it is exact. Other exponents move from bias 15 (7) to 127.
+inline Vector from_half(BitsVector half) {
+  const BitsVector magnitude = half & 0x7fffu;
+  const BitsVector small = bits_of(floats_of((magnitude << 13) + (113u << 23)) - 0x1p-14f);
+  const BitsVector special = magnitude >= 0x7c00u ? BitsVector{} + (112u << 23) : BitsVector{};
+  const BitsVector large = (magnitude << 13) + (112u << 23) + special;
+  return floats_of((magnitude < 0x400u ? small : large) | (half & 0x8000u) << 16);
+}
+
+inline Vector from_e4m3(BitsVector byte) {
+  const BitsVector magnitude = byte & 0x7fu;
+  const BitsVector small = bits_of(floats_of((magnitude << 20) + (121u << 23)) - 0x1p-6f);
+  const BitsVector large = magnitude == 0x7fu ? BitsVector{} + 0x7fc00000u : (magnitude << 20) + (120u << 23);
+  return floats_of((magnitude < 8u ? small : large) | (byte & 0x80u) << 24);
 }
 
 // Round to nearest even; NaN stays NaN.
-inline uint16_t float_to_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return sign | 0x7e00u;
-  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above round to infinity
-  if (magnitude < 0x38800000u) {                        // subnormal: let float addition do the rounding
-    float shifted;
-    std::memcpy(&shifted, &magnitude, sizeof shifted);
-    shifted += 0.5f;
-    uint32_t rounded;
-    std::memcpy(&rounded, &shifted, sizeof rounded);
-    return sign | static_cast<uint16_t>(rounded - 0x3f000000u);
-  }
-  return sign | static_cast<uint16_t>((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13);
+inline BitsVector to_half(Vector value) {
+  const BitsVector bits = bits_of(value), magnitude = bits & 0x7fffffffu;
+  // Below 2^-14 the result is a multiple of 2^-24, to which adding 0.5 rounds.
+  const BitsVector small = bits_of(floats_of(magnitude) + 0.5f) - 0x3f000000u;
+  const BitsVector large = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const BitsVector finite = magnitude < 0x38800000u ? small : large;
+  const BitsVector special = BitsVector{} + 0x7c00u + ((magnitude > 0x7f800000u) & 0x200u);
+  return (bits >> 16 & 0x8000u) | (magnitude < 0x477ff000u ? finite : special);
 }
 
-inline uint16_t float_to_bfloat(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+inline BitsVector to_bfloat(Vector value) {
+  const BitsVector bits = bits_of(value);
+  const BitsVector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? BitsVector{} + 0x7fc0u : rounded;
+}
+
+constexpr int64_t size_of(Scalar type) { return type == Scalar::f32 ? 4 : type == Scalar::e4m3 ? 1 : 2; }
+
+// kLanes elements from element `from` of an array of `type`, as float32.
+template <Scalar type>
+inline Vector load_as(const void* base, int64_t from) {
+  const char* at = static_cast<const char*>(base) + from * size_of(type);
+  if constexpr (type == Scalar::f32) {
+    return load(reinterpret_cast<const float*>(at));
+  } else if constexpr (type == Scalar::e4m3) {
+    ByteVector bytes;
+    std::memcpy(&bytes, at, sizeof bytes);
+    return from_e4m3(__builtin_convertvector(bytes, BitsVector));
+  } else {
+    ShortVector shorts;
+    std::memcpy(&shorts, at, sizeof shorts);
+    const BitsVector bits = __builtin_convertvector(shorts, BitsVector);
+    return type == Scalar::f16 ? from_half(bits) : floats_of(bits << 16);
+  }
+}
+
+// The same for the first n < kLanes of them, the rest being zero and not read.
+template <Scalar type>
+inline Vector load_first(const void* base, int64_t from, int64_t n) {
+  alignas(64) char element[kLanes * size_of(type)] = {};
+  std::memcpy(element, static_cast<const char*>(base) + from * size_of(type), n * size_of(type));
+  return load_as<type>(element, 0);
 }
 
 // `n` elements from element `from` of an array of `type`, as float32.
+template <Scalar type>
+inline void load_row_as(const void* base, int64_t from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load_as<type>(base, from + i));
+  if (i == n) return;
+  const Vector rest = load_first<type>(base, from + i, n - i);
+  std::memcpy(to + i, &rest, (n - i) * sizeof(float));
+}
+
 inline void load_row(const void* base, Scalar type, int64_t from, int64_t n, float* to) {
-  if (type == Scalar::f32) {
-    std::memcpy(to, static_cast<const float*>(base) + from, n * sizeof(float));
-    return;
-  }
-  const uint16_t* row = static_cast<const uint16_t*>(base) + from;
-  if (type == Scalar::f16) {
-    for (int64_t d = 0; d < n; ++d) to[d] = half_to_float(row[d]);
-    return;
-  }
-  for (int64_t d = 0; d < n; ++d) {
-    const uint32_t bits = static_cast<uint32_t>(row[d]) << 16;
-    std::memcpy(to + d, &bits, sizeof bits);
+  switch (type) {
+    case Scalar::f32:
+      return load_row_as<Scalar::f32>(base, from, n, to);
+    case Scalar::bf16:
+      return load_row_as<Scalar::bf16>(base, from, n, to);
+    case Scalar::f16:
+      return load_row_as<Scalar::f16>(base, from, n, to);
+    case Scalar::e4m3:
+      return load_row_as<Scalar::e4m3>(base, from, n, to);
   }
 }
 
-// The reverse: `n` float32 rounded into an array of `type` at element `to`.
+// The reverse: `n` float32 rounded into an array of `type`, not e4m3, at element `to`.
 inline void store_row(const float* from, int64_t n, void* base, Scalar type, int64_t to) {
   if (type == Scalar::f32) {
     std::memcpy(static_cast<float*>(base) + to, from, n * sizeof(float));
     return;
   }
   uint16_t* row = static_cast<uint16_t*>(base) + to;
-  for (int64_t d = 0; d < n; ++d)
-    row[d] = type == Scalar::f16 ? float_to_half(from[d]) : float_to_bfloat(from[d]);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = smaller(kLanes, n - i);
+    const Vector value = count == kLanes ? load(from + i) : load_first<Scalar::f32>(from, i, count);
+    const BitsVector rounded = type == Scalar::f16 ? to_half(value) : to_bfloat(value);
+    const ShortVector narrow = __builtin_convertvector(rounded, ShortVector);
+    std::memcpy(row + i, &narrow, count * sizeof(uint16_t));
+  }
+}
+
+// Lanes of a, counted from 0, and of b, counted from kLanes.
+inline Vector shuffle(Vector a, Vector b, IntVector lanes) { return __builtin_shuffle(a, b, lanes); }
+
+template <int width>
+inline void fold(Vector* v) {
+  IntVector low;
+  for (int i = 0; i < kLanes; ++i) low[i] = i / width * 2 * width + i % width;
+  for (int i = 0; i < width; ++i) {
+    const Vector a = v[2 * i], b = v[2 * i + 1];
+    v[i] = shuffle(a, b, low) + shuffle(a, b, low + width);
+  }
+  if constexpr (width > 1) fold<width / 2>(v);
+}
+
+// Lane i is the sum of the lanes of v[i], of which there are kLanes and which are overwritten.
+inline Vector sums(Vector* v) {
+  fold<kLanes / 2>(v);
+  return v[0];
+}
+
+template <int width>
+inline void exchange(Vector* v) {
+  IntVector low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i & width ? kLanes + i - width : i;
+    high[i] = i & width ? kLanes + i : i + width;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & width) continue;
+    const Vector a = v[i], b = v[i + width];
+    v[i] = shuffle(a, b, low);
+    v[i + width] = shuffle(a, b, high);
+  }
+  if constexpr (width > 1) exchange<width / 2>(v);
+}
+
+// Transposes a matrix of kLanes x kLanes.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Vector v[kLanes];
+  for (int i = 0; i < kLanes; ++i) v[i] = load(from + i * from_stride);
+  exchange<kLanes / 2>(v);
+  for (int i = 0; i < kLanes; ++i) store(to + i * to_stride, v[i]);
 }
 
 // Inner products of n rows [n, D] with a block of queries [D, kQueries].

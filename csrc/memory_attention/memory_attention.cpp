@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -18,19 +19,22 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Task = void (*)(const MemoryAttentionParams&, int64_t);
 constexpr const char* kOp = "memory_attention";
 
 struct Tasks {
   int64_t (*block)();
-  void (*forward)(const MemoryAttentionParams&, int64_t);
-  void (*backward_memory)(const MemoryAttentionParams&, int64_t);
-  void (*backward_local)(const MemoryAttentionParams&, int64_t);
+  int64_t (*few)();
+  Task forward, piece, finish;
+  Task backward_memory, backward_pair, backward_head, backward_round;
 };
 
-#define LONGMEM_TASKS(simd)                                                                               \
-  Tasks {                                                                                                 \
-    simd::memory_attention_block, simd::memory_attention_forward, simd::memory_attention_backward_memory, \
-        simd::memory_attention_backward_local                                                             \
+#define LONGMEM_TASKS(simd)                                                                                  \
+  Tasks {                                                                                                    \
+    simd::memory_attention_block, simd::memory_attention_few, simd::memory_attention_forward,                \
+        simd::memory_attention_piece, simd::memory_attention_finish, simd::memory_attention_backward_memory, \
+        simd::memory_attention_backward_pair, simd::memory_attention_backward_head,                          \
+        simd::memory_attention_backward_round                                                                \
   }
 
 Tasks tasks() {
@@ -51,46 +55,78 @@ void copy_strides(const Tensor& tensor, int64_t (&strides)[n]) {
   for (int axis = 0; axis < n; ++axis) strides[axis] = tensor.stride(axis);
 }
 
-MemoryAttentionParams params_of(const Tensor& query, const Tensor& key, const Tensor& value,
-                                const Tensor& memory_query, const Tensor& memory_key,
-                                const Tensor& memory_value, const Tensor& ids,
-                                const std::optional<Tensor>& ring_index, const std::optional<Tensor>& gate,
-                                const std::optional<Tensor>& slopes, const std::string& fusion, double scale,
-                                bool causal, std::optional<int64_t> window) {
-  MemoryAttentionParams p{};
-  p.query = query.const_data_ptr(), p.memory_query = memory_query.const_data_ptr();
-  p.key = key.const_data_ptr(), p.value = value.const_data_ptr();
-  p.memory_key = memory_key.const_data_ptr(), p.memory_value = memory_value.const_data_ptr();
-  p.ids = static_cast<const int32_t*>(ids.const_data_ptr());
-  p.ring_index = ring_index ? static_cast<const int32_t*>(ring_index->const_data_ptr()) : nullptr;
-  p.gate = gate ? static_cast<const float*>(gate->const_data_ptr()) : nullptr;
-  p.slopes = slopes ? static_cast<const float*>(slopes->const_data_ptr()) : nullptr;
-  p.B = query.size(0), p.H = query.size(1), p.T = query.size(2), p.D = query.size(3);
-  p.G = key.size(1), p.S = key.size(2), p.K = ids.size(3);
-  p.R = memory_key.size(0), p.M = memory_key.size(2), p.C = memory_key.size(3);
-  copy_strides(query, p.query_stride), copy_strides(memory_query, p.memory_query_stride);
-  copy_strides(key, p.key_stride), copy_strides(value, p.value_stride);
-  copy_strides(memory_key, p.memory_key_stride), copy_strides(memory_value, p.memory_value_stride);
-  copy_strides(ids, p.ids_stride);
-  p.window = window.value_or(0);
-  p.scale = static_cast<float>(scale);
-  p.causal = causal;
-  p.type = scalar_of(query.scalar_type(), kOp, "query");
-  p.memory_type = scalar_of(memory_key.scalar_type(), kOp, "memory_key");
-  STD_TORCH_CHECK((fusion == "gated") == gate.has_value(), kOp, ": fusion=", fusion,
+template <typename T>
+const T* data_of(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// The inputs and options of both ops, in the order of their schemas.
+struct Inputs {
+  Tensor query, key, value, memory_query, memory_key, memory_value, ids;
+  std::optional<Tensor> memory_scale, ring_index, gate, slopes, key_mask, dropout_seed;
+  std::string fusion;
+  double scale;
+  bool causal;
+  std::optional<int64_t> window;
+  double dropout_p;
+};
+
+void check(const Inputs& in, const MemoryAttentionParams& p) {
+  STD_TORCH_CHECK((in.fusion == "gated") == in.gate.has_value(), kOp, ": fusion=", in.fusion,
                   " does not fit the gate");
-  STD_TORCH_CHECK(p.K <= 1 || ids.stride(3) == 1, kOp, ": the last axis of chunk_ids must be contiguous");
+  STD_TORCH_CHECK((p.memory_type == Scalar::e4m3) == in.memory_scale.has_value(), kOp,
+                  ": memory_scale and float8_e4m3fn memory belong together");
+  STD_TORCH_CHECK(p.K <= 1 || in.ids.stride(3) == 1, kOp, ": the last axis of chunk_ids must be contiguous");
+  STD_TORCH_CHECK(!in.memory_scale || in.memory_scale->is_contiguous(), kOp,
+                  ": memory_scale must be contiguous");
   for (int64_t row = 0; p.ring_index && row < p.B; ++row) {
     const int64_t ring = p.ring_index[row];
     STD_TORCH_CHECK(ring >= 0 && ring < p.R, kOp, ": ring_index must lie in [0, ", p.R, "), got ", ring);
   }
+}
+
+MemoryAttentionParams params_of(const Inputs& in) {
+  MemoryAttentionParams p{};
+  p.query = in.query.const_data_ptr(), p.memory_query = in.memory_query.const_data_ptr();
+  p.key = in.key.const_data_ptr(), p.value = in.value.const_data_ptr();
+  p.memory_key = in.memory_key.const_data_ptr(), p.memory_value = in.memory_value.const_data_ptr();
+  p.ids = static_cast<const int32_t*>(in.ids.const_data_ptr());
+  p.memory_scale = data_of<float>(in.memory_scale), p.ring_index = data_of<int32_t>(in.ring_index);
+  p.gate = data_of<float>(in.gate), p.slopes = data_of<float>(in.slopes);
+  p.key_mask = data_of<bool>(in.key_mask), p.dropout_seed = data_of<int64_t>(in.dropout_seed);
+  p.B = in.query.size(0), p.H = in.query.size(1), p.T = in.query.size(2), p.D = in.query.size(3);
+  p.G = in.key.size(1), p.S = in.key.size(2), p.K = in.ids.size(3);
+  p.R = in.memory_key.size(0), p.M = in.memory_key.size(2), p.C = in.memory_key.size(3);
+  p.padded = (p.D + 15) / 16 * 16;
+  copy_strides(in.query, p.query_stride), copy_strides(in.memory_query, p.memory_query_stride);
+  copy_strides(in.key, p.key_stride), copy_strides(in.value, p.value_stride);
+  copy_strides(in.memory_key, p.memory_key_stride), copy_strides(in.memory_value, p.memory_value_stride);
+  copy_strides(in.ids, p.ids_stride);
+  if (in.key_mask) copy_strides(*in.key_mask, p.key_mask_stride);
+  p.window = in.window.value_or(0);
+  p.scale = static_cast<float>(in.scale);
+  p.causal = in.causal;
+  p.dropout_threshold = static_cast<uint32_t>(in.dropout_p * 4294967296.0);
+  p.dropout_scale = static_cast<float>(1.0 / (1.0 - in.dropout_p));
+  p.type = scalar_of(in.query.scalar_type(), kOp, "query");
+  p.memory_type = scalar_of(in.memory_key.scalar_type(), kOp, "memory_key");
+  check(in, p);
   return p;
 }
 
-void run(int64_t count, void (*task)(const MemoryAttentionParams&, int64_t), const MemoryAttentionParams& p) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) task(p, i);
+// Tasks 0 ... count - 1, each taken by the next thread that is free: they differ in length.
+template <typename F>
+void run(int64_t count, F&& task) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
   });
+}
+
+void run(int64_t count, Task task, const MemoryAttentionParams& p) {
+  run(count, [&](int64_t i) { task(p, i); });
 }
 
 int64_t blocks(const MemoryAttentionParams& p) {
@@ -98,62 +134,123 @@ int64_t blocks(const MemoryAttentionParams& p) {
   return p.B * p.H * ((p.T + block - 1) / block);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor query, Tensor key, Tensor value, Tensor memory_query, Tensor memory_key, Tensor memory_value,
-    Tensor ids, std::optional<Tensor> ring_index, std::optional<Tensor> gate, std::optional<Tensor> slopes,
-    std::string fusion, double scale, bool causal, std::optional<int64_t> window) {
-  auto p = params_of(query, key, value, memory_query, memory_key, memory_value, ids, ring_index, gate, slopes,
-                     fusion, scale, causal, window);
-  const auto part = [&] { return torch::stable::new_empty(query, {p.B, p.H, p.T, p.D}, ScalarType::Float); };
-  const auto lse = [&] { return torch::stable::new_empty(query, {p.B, p.H, p.T}, ScalarType::Float); };
-  Tensor out = torch::stable::new_empty(query, {p.B, p.H, p.T, p.D});
-  Tensor local_out = part(), memory_out = part(), local_lse = lse(), memory_lse = lse();
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Results attend(const Inputs& in) {
+  auto p = params_of(in);
+  const auto empty = [&](std::initializer_list<int64_t> size) {
+    return torch::stable::new_empty(in.query, size, ScalarType::Float);
+  };
+  Tensor out = torch::stable::new_empty(in.query, {p.B, p.H, p.T, p.D});
+  Tensor local_out = empty({p.B, p.H, p.T, p.D}), memory_out = empty({p.B, p.H, p.T, p.D});
+  Tensor local_lse = empty({p.B, p.H, p.T}), memory_lse = empty({p.B, p.H, p.T});
   p.out = out.mutable_data_ptr();
-  p.local_out = static_cast<float*>(local_out.mutable_data_ptr());
-  p.memory_out = static_cast<float*>(memory_out.mutable_data_ptr());
-  p.local_lse = static_cast<float*>(local_lse.mutable_data_ptr());
-  p.memory_lse = static_cast<float*>(memory_lse.mutable_data_ptr());
-  run(blocks(p), tasks().forward, p);
+  p.local_out = floats(local_out), p.memory_out = floats(memory_out);
+  p.local_lse = floats(local_lse), p.memory_lse = floats(memory_lse);
+  if (p.T <= tasks().few()) {
+    const int64_t splits = (p.S + kSplit - 1) / kSplit;
+    Tensor pieces = empty({p.B, p.H, p.T, splits, p.D + 2});
+    p.pieces = floats(pieces);
+    run(p.B * p.G * splits, tasks().piece, p);
+    run(p.B * p.H * p.T, tasks().finish, p);
+  } else {
+    run(blocks(p), tasks().forward, p);
+  }
   return {out, local_out, local_lse, memory_out, memory_lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad, Tensor query, Tensor key, Tensor value, Tensor memory_query, Tensor memory_key,
-    Tensor memory_value, Tensor ids, std::optional<Tensor> ring_index, std::optional<Tensor> gate,
-    std::optional<Tensor> slopes, std::string fusion, double scale, bool causal,
-    std::optional<int64_t> window, Tensor local_out, Tensor local_lse, Tensor memory_out, Tensor memory_lse) {
-  auto p = params_of(query, key, value, memory_query, memory_key, memory_value, ids, ring_index, gate, slopes,
-                     fusion, scale, causal, window);
-  // A gradient may come expanded or transposed; its last axis must not.
-  const Tensor packed = grad.stride(3) == 1 ? grad : torch::stable::contiguous(grad);
-  p.grad = packed.const_data_ptr();
-  copy_strides(packed, p.grad_stride);
-  p.local_out = static_cast<float*>(local_out.mutable_data_ptr());
-  p.memory_out = static_cast<float*>(memory_out.mutable_data_ptr());
-  p.local_lse = static_cast<float*>(local_lse.mutable_data_ptr());
-  p.memory_lse = static_cast<float*>(memory_lse.mutable_data_ptr());
+// dquery, dkey and dvalue of the local part. With few key/value heads for the threads, each head's pairs are
+// shared out; in one wave after the other, because two pairs with the same queries or keys add to the same
+// sums, in the order that one thread would take them.
+void differentiate_local(const MemoryAttentionParams& p) {
+  const int64_t heads = p.B * p.G, threads = torch::stable::get_num_threads();
+  if (heads % threads == 0 || heads >= 4 * threads) return run(heads, tasks().backward_head, p);
+  const int64_t queries = memory_attention_query_blocks(p), keys = memory_attention_blocks(p.S);
+  std::vector<int64_t> wave;
+  for (int64_t number = 0; number < queries + keys - 1; ++number) {
+    wave.clear();
+    for (int64_t q = 0; q < queries; ++q) {
+      const int64_t k = q + keys - 1 - number;  // earlier waves have later keys, or earlier queries
+      if (k < 0 || k >= keys || !memory_attention_sees(p, q, k)) continue;
+      for (int64_t head = 0; head < heads; ++head) wave.push_back((head * queries + q) * keys + k);
+    }
+    run(static_cast<int64_t>(wave.size()), [&](int64_t i) { tasks().backward_pair(p, wave[i]); });
+  }
+}
 
-  Tensor dquery = torch::stable::new_empty(query, {p.B, p.H, p.T, p.D});
-  Tensor dmemory_query = torch::stable::new_empty(query, {p.B, p.H, p.T, p.D});
-  Tensor dkey = torch::stable::new_empty(key, {p.B, p.G, p.S, p.D});
-  Tensor dvalue = torch::stable::new_empty(key, {p.B, p.G, p.S, p.D});
-  Tensor dgate = torch::stable::new_empty(query, {p.H}, ScalarType::Float);
-  std::vector<float> dgate_of_query(p.B * p.H * p.T);
-  p.dquery = dquery.mutable_data_ptr(), p.dmemory_query = dmemory_query.mutable_data_ptr();
-  p.dkey = dkey.mutable_data_ptr(), p.dvalue = dvalue.mutable_data_ptr();
-  p.dgate = dgate_of_query.data();
-  run(blocks(p), tasks().backward_memory, p);
-  run(p.B * p.G, tasks().backward_local, p);
-
-  float* total = static_cast<float*>(dgate.mutable_data_ptr());
+// dgate [H], from the part of each query.
+void sum_of_queries(const MemoryAttentionParams& p, float* dgate) {
   for (int64_t h = 0; h < p.H; ++h) {
     double sum = 0.0;
     for (int64_t b = 0; b < p.B; ++b) {
-      for (int64_t t = 0; t < p.T; ++t) sum += dgate_of_query[(b * p.H + h) * p.T + t];
+      for (int64_t t = 0; t < p.T; ++t) sum += p.dgate[(b * p.H + h) * p.T + t];
     }
-    total[h] = static_cast<float>(sum);
+    dgate[h] = static_cast<float>(sum);
   }
+}
+
+Results differentiate(const Inputs& in, MemoryAttentionParams& p) {
+  const auto empty = [&](std::initializer_list<int64_t> size) {
+    return torch::stable::new_empty(in.query, size);
+  };
+  const auto zeros = [&](int64_t heads, int64_t rows) {
+    return torch::stable::new_zeros(in.query, {p.B, heads, rows, p.padded}, ScalarType::Float);
+  };
+  Tensor dquery_sum = zeros(p.H, p.T), dkey_sum = zeros(p.G, p.S), dvalue_sum = zeros(p.G, p.S);
+  // Sums whose rows are as long as the gradients' and float32 are the gradients.
+  const bool direct = p.type == Scalar::f32 && p.D == p.padded;
+  Tensor dquery = direct ? dquery_sum : empty({p.B, p.H, p.T, p.D});
+  Tensor dkey = direct ? dkey_sum : empty({p.B, p.G, p.S, p.D});
+  Tensor dvalue = direct ? dvalue_sum : empty({p.B, p.G, p.S, p.D});
+  Tensor dmemory_query = empty({p.B, p.H, p.T, p.D});
+  Tensor dgate = torch::stable::new_empty(in.query, {p.H}, ScalarType::Float);
+  std::vector<float> of_queries(3 * p.B * p.H * p.T);
+  p.dgate = of_queries.data();
+  p.local_weight = p.dgate + p.B * p.H * p.T, p.local_offset = p.local_weight + p.B * p.H * p.T;
+  p.dquery = dquery.mutable_data_ptr(), p.dmemory_query = dmemory_query.mutable_data_ptr();
+  p.dkey = dkey.mutable_data_ptr(), p.dvalue = dvalue.mutable_data_ptr();
+  p.dquery_sum = floats(dquery_sum), p.dkey_sum = floats(dkey_sum), p.dvalue_sum = floats(dvalue_sum);
+
+  run(blocks(p), tasks().backward_memory, p);
+  differentiate_local(p);
+  if (!direct) run(p.B * p.G + p.B * p.H, tasks().backward_round, p);
+  sum_of_queries(p, floats(dgate));
   return {dquery, dkey, dvalue, dmemory_query, dgate};
+}
+
+Results forward(Tensor query, Tensor key, Tensor value, Tensor memory_query, Tensor memory_key,
+                Tensor memory_value, Tensor ids, std::optional<Tensor> memory_scale,
+                std::optional<Tensor> ring_index, std::optional<Tensor> gate, std::optional<Tensor> slopes,
+                std::optional<Tensor> key_mask, std::optional<Tensor> dropout_seed, std::string fusion,
+                double scale, bool causal, std::optional<int64_t> window, double dropout_p) {
+  return attend({query, key, value, memory_query, memory_key, memory_value, ids, memory_scale, ring_index,
+                 gate, slopes, key_mask, dropout_seed, fusion, scale, causal, window, dropout_p});
+}
+
+Results backward(std::optional<Tensor> grad, std::optional<Tensor> local_lse_grad,
+                 std::optional<Tensor> memory_lse_grad, Tensor query, Tensor key, Tensor value,
+                 Tensor memory_query, Tensor memory_key, Tensor memory_value, Tensor ids,
+                 std::optional<Tensor> memory_scale, std::optional<Tensor> ring_index,
+                 std::optional<Tensor> gate, std::optional<Tensor> slopes, std::optional<Tensor> key_mask,
+                 std::optional<Tensor> dropout_seed, std::string fusion, double scale, bool causal,
+                 std::optional<int64_t> window, double dropout_p, Tensor local_out, Tensor local_lse,
+                 Tensor memory_out, Tensor memory_lse) {
+  const Inputs in{query,        key,          value,      memory_query, memory_key, memory_value,
+                  ids,          memory_scale, ring_index, gate,         slopes,     key_mask,
+                  dropout_seed, fusion,       scale,      causal,       window,     dropout_p};
+  auto p = params_of(in);
+  // Gradients may come expanded or transposed, or not at all.
+  if (local_lse_grad) local_lse_grad = torch::stable::contiguous(*local_lse_grad);
+  if (memory_lse_grad) memory_lse_grad = torch::stable::contiguous(*memory_lse_grad);
+  p.local_lse_grad = data_of<float>(local_lse_grad), p.memory_lse_grad = data_of<float>(memory_lse_grad);
+  const Tensor given = !grad                  ? torch::stable::new_zeros(query, {1, 1, 1, p.D})
+                       : grad->stride(3) == 1 ? *grad
+                                              : torch::stable::contiguous(*grad);
+  p.grad = given.const_data_ptr();
+  if (grad) copy_strides(given, p.grad_stride);
+  p.local_out = floats(local_out), p.memory_out = floats(memory_out);
+  p.local_lse = floats(local_lse), p.memory_lse = floats(memory_lse);
+  return differentiate(in, p);
 }
 
 }  // namespace

@@ -1,42 +1,71 @@
-// Forward tasks; part of memory_attention_task.h.
+// Forward tasks for blocks of queries; part of memory_attention_task.h.
+#pragma once
+
+#include "memory_attention/memory_attention_block.h"
+#include "memory_attention/memory_attention_dropout.h"
+#include "memory_attention/memory_attention_memory.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {
 namespace {
+
+// Writes what is known of query i of a block, given its local part [D], which is overwritten.
+inline void finish(const Block& block, int64_t i, float* local, float local_lse, Memory& memory,
+                   float* memory_part) {
+  const auto& p = block.p;
+  const int64_t row = block.row(i);
+  memory.find(block, i);
+  const float memory_lse = memory.attend(memory_part);
+  std::memcpy(p.local_out + row * p.D, local, p.D * sizeof(float));
+  std::memcpy(p.memory_out + row * p.D, memory_part, p.D * sizeof(float));
+  p.local_lse[row] = local_lse;
+  p.memory_lse[row] = memory_lse;
+  const float share = block.share(local_lse, memory_lse);
+  for (int64_t d = 0; d < p.D; ++d) local[d] = (1.0f - share) * local[d] + share * memory_part[d];
+  store_row(local, p.D, p.out, p.type, row * p.D);
+}
 
 class Forward {
  public:
   explicit Forward(const Block& block)
       : block_(block),
         p_(block.p),
-        query_(p_.D * kQueries),
-        local_(p_.D * kQueries),
+        dropout_(p_),
+        memory_(p_),
+        query_(p_.padded * kQueries),
+        local_(p_.padded * kQueries),
         scores_(kTile * kQueries),
-        rows_(kTile * p_.D),
-        row_(p_.D),
-        memory_(p_.D),
-        weights_(padded_tokens(p_)) {}
+        rows_(larger(kTile, kQueries) * p_.padded),
+        memory_part_(p_.padded) {}
 
   void run() {
     attend_local();
-    for (int64_t i = 0; i < block_.count; ++i) finish(i);
+    for (int64_t i = 0; i < kQueries; i += kLanes) {
+      for (int64_t d = 0; d < p_.D; d += kLanes)
+        transpose(local_ + d * kQueries + i, kQueries, rows_ + i * p_.padded + d, p_.padded);
+    }
+    for (int64_t i = 0; i < block_.count; ++i) {
+      const Sum sum{maximum_[i / kLanes][i % kLanes], total_[i / kLanes][i % kLanes]};
+      float* local = rows_ + i * p_.padded;
+      multiply(local, p_.D, sum.inverse());
+      finish(block_, i, local, sum.lse(), memory_, memory_part_);
+    }
   }
 
  private:
   void attend_local() {
-    for (int64_t i = 0; i < block_.count; ++i) {
-      block_.load_query(p_.query, p_.query_stride, i, p_.scale, row_);
-      for (int64_t d = 0; d < p_.D; ++d) query_[d * kQueries + i] = row_[d];
-    }
+    block_.load_queries(p_.query, p_.query_stride, p_.scale, rows_, query_);
     for (int v = 0; v < kVectors; ++v) maximum_[v] = fill(-kInfinity), total_[v] = Vector{};
     for (int64_t j = block_.begin(); j < block_.end(); j += kTile) {
       const int64_t n = smaller(kTile, block_.end() - j);
+      if (!block_.any_shown(j, n)) continue;
       const Rows key(block_, p_.key, p_.key_stride, j, n, rows_);
       score_rows(key.data, key.stride, n, query_, p_.D, scores_);
       bias_scores(block_, j, n, scores_);
       rescale(n);
+      if (dropout_.on) drop(j, n);
       const Rows value(block_, p_.value, p_.value_stride, j, n, rows_);
-      add_weighted_rows(value.data, value.stride, n, scores_, p_.D, local_);
+      add_weighted_rows(value.data, value.stride, n);
     }
   }
 
@@ -66,59 +95,53 @@ class Forward {
     }
   }
 
-  // Normalises the local part of query i, attends to its chunks, and merges the two.
-  void finish(int64_t i) {
-    const float total = total_[i / kLanes][i % kLanes];
-    const float local_lse = total > 0.0f ? maximum_[i / kLanes][i % kLanes] + std::log(total) : -kInfinity;
-    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-    for (int64_t d = 0; d < p_.D; ++d) row_[d] = local_[d * kQueries + i] * inverse;
-    const int64_t at = block_.row(i) * p_.D;
-    std::memcpy(p_.local_out + at, row_, p_.D * sizeof(float));
-
-    const float memory_lse = attend_memory(i);
-    std::memcpy(p_.memory_out + at, memory_, p_.D * sizeof(float));
-    p_.local_lse[block_.row(i)] = local_lse;
-    p_.memory_lse[block_.row(i)] = memory_lse;
-
-    const float share = block_.share(local_lse, memory_lse);
-    for (int64_t d = 0; d < p_.D; ++d) row_[d] = (1.0f - share) * row_[d] + share * memory_[d];
-    store_row(row_, p_.D, p_.out, p_.type, at);
+  // The total of the weights has been taken before.
+  void drop(int64_t j, int64_t n) const {
+    BitsVector row[kVectors];
+    for (int i = 0; i < kQueries; ++i) row[i / kLanes][i % kLanes] = dropout_.row(block_.row(i));
+    for (int64_t i = 0; i < n; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        float* at = scores_ + i * kQueries + v * kLanes;
+        store(at, load(at) * dropout_.factor(row[v] ^ Dropout::column(j + i)));
+      }
+    }
   }
 
-  // memory_ becomes the attention of query i over its chunks; returns its log-sum-exp.
-  float attend_memory(int64_t i) {
-    const int64_t padded = padded_tokens(p_);
-    const Chunks chunks(block_, i);
-    block_.load_query(p_.memory_query, p_.memory_query_stride, i, p_.scale, memory_);
-    score_chunks(chunks, memory_, p_.D, padded, rows_, weights_);
-    float maximum = -kInfinity;
-    for (int64_t j = 0; j < padded; ++j) maximum = weights_[j] > maximum ? weights_[j] : maximum;
-    for (int64_t d = 0; d < p_.D; ++d) memory_[d] = 0.0f;
-    if (maximum == -kInfinity) return -kInfinity;
-    Vector total{};
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      const Vector weight = exp_of_negative(load(weights_ + j) - maximum);
-      total += weight;
-      store(weights_ + j, weight);
+  // local_ += rows [n, D]^T . scores_ [n, kQueries]
+  void add_weighted_rows(const float* rows, int64_t row_stride, int64_t n) const {
+    int64_t d = 0;
+    for (; d + kRows <= p_.D; d += kRows) add_weighted<kRows>(rows, row_stride, n, d);
+    for (; d < p_.D; ++d) add_weighted<1>(rows, row_stride, n, d);
+  }
+
+  // The same for dims [d, d + width).
+  template <int width>
+  void add_weighted(const float* rows, int64_t row_stride, int64_t n, int64_t d) const {
+    Vector total[width][kVectors];
+    std::memcpy(total, local_ + d * kQueries, sizeof total);
+    for (int64_t j = 0; j < n; ++j) {
+      const float* row = rows + j * row_stride + d;
+      for (int i = 0; i < width; ++i) {
+        for (int v = 0; v < kVectors; ++v) total[i][v] += load(scores_ + j * kQueries + v * kLanes) * row[i];
+      }
     }
-    const float sum_of_weights = sum(total);
-    chunks.for_each_value(
-        rows_, [&](int64_t token, const float* row) { add_scaled(weights_[token], row, p_.D, memory_); });
-    for (int64_t d = 0; d < p_.D; ++d) memory_[d] /= sum_of_weights;
-    return maximum + std::log(sum_of_weights);
+    std::memcpy(local_ + d * kQueries, total, sizeof total);
   }
 
   const Block block_;
   const MemoryAttentionParams& p_;
+  const Dropout dropout_;
+  Memory memory_;
   Vector maximum_[kVectors], total_[kVectors];
-  Buffer<float> query_, local_;  // [D, kQueries]: scaled queries, unnormalised local outputs
+  Buffer<float> query_, local_;  // [padded, kQueries]: scaled queries, unnormalised local outputs
   Buffer<float> scores_;         // [kTile, kQueries]
-  Buffer<float> rows_;           // [kTile, D] converted keys or values
-  Buffer<float> row_, memory_;   // [D]
-  Buffer<float> weights_;        // [K * C] and padding
+  Buffer<float> rows_;           // [kTile or kQueries, padded]: converted keys or values, then local outputs
+  Buffer<float> memory_part_;    // [padded]
 };
 
 }  // namespace
+
+int64_t memory_attention_block() { return kQueries; }
 
 void memory_attention_forward(const MemoryAttentionParams& p, int64_t task) {
   Forward(Block::of_task(p, task)).run();

@@ -153,7 +153,7 @@ def _float32(tensor: Tensor | None) -> Tensor | None:
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """As autocast treats the arguments of PyTorch's own attention: float32 becomes its dtype."""
-    device = next(tensor.device.type for tensor in tensors if isinstance(tensor, Tensor))
+    device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "")
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -162,6 +162,8 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def _seed(op: str, dropout_p: float, dropout_seed: Tensor | int | None, device: torch.device) -> Tensor | None:
     """int64 [1] on the device; None without dropout."""
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"{op}: dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {dropout_p}")
     if dropout_p == 0:
@@ -175,6 +177,11 @@ def _seed(op: str, dropout_p: float, dropout_seed: Tensor | int | None, device: 
                 f" {tuple(dropout_seed.shape)} on {dropout_seed.device}"
             )
         return dropout_seed
+    if not isinstance(dropout_seed, int):
+        raise TypeError(
+            f"{op}: dropout_seed must be an integer or int64 of shape (1,) on {device},"
+            f" got {type(dropout_seed).__name__}"
+        )
     if not -(2**63) <= dropout_seed < 2**63:
         raise ValueError(f"{op}: dropout_seed must fit into 64 bits, got {dropout_seed}")
     return torch.tensor([dropout_seed], device=device)
