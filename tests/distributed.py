@@ -22,14 +22,15 @@ _context.set_forkserver_preload(["torch.distributed", "transformers.models.llama
 
 
 def start_ranks(
-    world: int, function: Callable[..., Any], folder: Path, *arguments: Any
+    world: int | None, function: Callable[..., Any], folder: Path, *arguments: Any
 ) -> list[tuple[multiprocessing.process.BaseProcess, Connection]]:
-    """Start `function(rank, *arguments)` in `world` processes. The group meets over a file in `folder`."""
+    """Start `function(rank, *arguments)` in `world` processes, or in one without a group. The group meets over a file
+    in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     meeting = folder / "meeting"
     meeting.unlink(missing_ok=True)
     ranks = []
-    for rank in range(world):
+    for rank in range(world or 1):
         receiver, sender = _context.Pipe(duplex=False)
         process = _context.Process(
             target=_run, args=(rank, world, str(meeting), sender, function, arguments), daemon=True
@@ -64,16 +65,23 @@ def run_ranks(
 
 
 def _run(
-    rank: int, world: int, meeting: str, sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world: int | None,
+    meeting: str,
+    sender: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     try:
         torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+        if world is not None:
+            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
         result = io.BytesIO()
         torch.save(function(rank, *arguments), result)
         sender.send((None, result.getvalue()))
-        dist.barrier()  # nobody leaves while another still talks to it
-        dist.destroy_process_group()
+        if world is not None:
+            dist.barrier()  # nobody leaves while another still talks to it
+            dist.destroy_process_group()
     except BaseException:
         sender.send((traceback.format_exc(), None))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from longmem import LongMem
 from longmem.data.stream import SegmentStream
 from longmem.states import StateCache, encode_now
+from longmem.training import checkpoint
 from longmem.training.config import TrainConfig
 from longmem.training.processes import Processes, whole
 from longmem.training.trainer import Trainer
@@ -132,27 +135,47 @@ def test_interrupted_together_they_end_where_uninterrupted_ones_do(
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
+def train_saving_slowly(rank: int, *arguments: Any) -> None:
+    save = checkpoint.dcp.save
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        time.sleep(0.03)
+
+    checkpoint.dcp.save = slow  # type: ignore[assignment]
+    train(rank, *arguments)
+
+
+def newest_step(folder: Path) -> int:
+    return max((int(path.name[-8:]) for path in folder.glob("checkpoint-????????")), default=0)
+
+
+def wait_for(processes: list[BaseProcess], condition: Callable[[], bool]) -> None:
+    while not condition() and all(process.is_alive() for process in processes):
+        time.sleep(0.001)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_killed_at_any_moment_they_end_where_unkilled_ones_do(parallel: str, tmp_path: Path) -> None:
-    """SIGKILL at random times, often while a checkpoint is written: there is one after every step."""
+    """SIGKILL at random times, every other time while a checkpoint is being written: there is one after every step."""
     arguments = ([70, 50, 64], 1, {}, {"steps": 30, "save_every": 1, "parallel": parallel})
     wanted = run_ranks(2, train, tmp_path, tmp_path / "whole", *arguments)
     moment, folder = random.Random(parallel), tmp_path / "killed"
-    reached = []
-    for _ in range(4):
-        processes = [process for process, _ in start_ranks(2, train, tmp_path, folder, *arguments)]
-        saved = sorted(folder.glob("checkpoint-????????"))
-        while all(process.is_alive() for process in processes) and (
-            sorted(folder.glob("checkpoint-????????"))[-1:] == saved[-1:]
-        ):
-            time.sleep(0.002)
-        time.sleep(moment.random() * 0.1)
+    reached, unfinished = [0], 0
+    for i in range(6):
+        processes = [process for process, _ in start_ranks(2, train_saving_slowly, tmp_path, folder, *arguments)]
+        wait_for(processes, lambda: newest_step(folder) > reached[-1])
+        if i % 2:
+            time.sleep(moment.random() * 0.1)
+        else:
+            wait_for(processes, lambda: any(folder.glob("*.part/*")))
         moment.shuffle(processes)
         for process in processes:
             process.kill()
             process.join()
-        print("unfinished checkpoints:", [path.name for path in folder.glob("*.part")])
-        reached.append(max(int(path.name[-8:]) for path in folder.glob("checkpoint-????????")))
+        unfinished += len(list(folder.glob("*.part")))
+        reached.append(newest_step(folder))
+    assert unfinished, "no kill met a checkpoint being written"
     assert reached == sorted(set(reached)) and reached[-1] < 30, reached
     got = run_ranks(2, train, tmp_path, folder, *arguments)
     for (_, weights_got), (_, weights_wanted) in zip(got, wanted, strict=True):

@@ -85,7 +85,8 @@ class Checkpoints:
         if self.file.exists() if self.processes.distributed else newest:
             how = "without" if self.processes.distributed else "with"
             raise ValueError(
-                f"checkpoint: {self.folder} holds that of a run {how} torchrun; continue it so, or choose another folder"
+                f"checkpoint: {self.folder} holds that of a run {how} torchrun; continue it so, or choose another"
+                " folder"
             )
         if not self.processes.distributed:
             return self._load_file(content) if self.file.exists() else None

@@ -39,16 +39,11 @@ def prepare(step: Step, config: TrainConfig) -> RunStep:
     return _fsdp(step) if config.parallel == "fsdp" else _ddp(step)
 
 
-# The name since PyTorch 2.13, and the one before: buffers never change.
-_SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
-)
-
-
 def _ddp(step: Step) -> RunStep:
-    wrapped = DistributedDataParallel(step, **{_SYNC_BUFFERS: False})
+    # Buffers never change; the name since PyTorch 2.13, and the one before.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    wrapped = DistributedDataParallel(step, **options)
     if step.model.backbone.device.type == "cpu":
         wrapped.register_comm_hook(None, lambda _, bucket: _average_in_order(bucket))
 
@@ -82,10 +77,10 @@ def _fsdp(step: Step) -> RunStep:
             fully_shard(part, mesh=mesh)
     for layer in layers:
         register_fsdp_forward_method(layer, "stored")  # which the backbone calls alone
-    fully_shard(step, mesh=mesh)  # embedding, norm and head
+    sharded = fully_shard(step, mesh=mesh)  # embedding, norm and head
 
     def run(*arguments: Any, last: bool) -> tuple[Tensor, Measured]:
-        step.set_requires_gradient_sync(last)
+        sharded.set_requires_gradient_sync(last)
         result: tuple[Tensor, Measured] = step(*arguments)
         return result
 

@@ -22,8 +22,8 @@ class Measured:
 
     Attributes:
         loss: mean negative log likelihood, nats per target.
-        queries: how many queries there were, over tokens, heads and memory layers; found: how many of them found memory.
-        share: the memory's share of attention, summed over the latter.
+        queries: how many queries there were, over tokens, heads and memory layers.
+        found: how many of them found memory. share: its share of their attention, summed.
     """
 
     loss: Tensor

@@ -167,10 +167,11 @@ class Trainer:
             )
 
     def _metrics(self, segments: list[Batch], measured: list[Measured], loss: float) -> dict[str, float]:
-        """perplexity, tokens, memory fill and retrieval (`MemoryBank.stats`), how many queries found memory and its mean
-        share of their attention, and the read's gates and temperatures, averaged over heads. Over all processes."""
+        """Over all processes: perplexity, tokens, memory fill and retrieval (`MemoryBank.stats`), the share of queries
+        that found memory and its mean share of their attention, and the read's gates and temperatures, averaged over
+        heads."""
         stats = self.memory.stats()
-        counts = [sum(int(batch.mask.sum()) for batch in segments)]
+        counts = [float(sum(batch.mask.sum() for batch in segments))]
         counts += [float(sum(getattr(numbers, name) for numbers in measured)) for name in ("queries", "found", "share")]
         totals = self.processes.sum([*counts, *stats.values()])
         tokens, queries, found, share = totals[:4]
