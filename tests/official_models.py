@@ -63,22 +63,6 @@ def recorded_text(path: Path, name: str) -> Any:
         return json.loads(str(arrays[name]))
 
 
-def retrieved_chunks(model: OfficialLongMem) -> list[Tensor]:
-    """Fills up with chunk numbers [B, H, T, k // c], one tensor per retrieval from now on."""
-    found: list[Tensor] = []
-    retrieve = model.memory.retrieve
-
-    def spy(queries: Tensor) -> dict[str, Any]:
-        result = retrieve(queries)
-        steps, rows, _ = queries.shape
-        numbers = torch.stack(result["knn_index"])
-        found.append(numbers.view(numbers.shape[0], steps, rows, -1).permute(2, 0, 1, 3))
-        return result
-
-    model.memory.retrieve = spy  # type: ignore[method-assign]
-    return found
-
-
 __all__ = [
     "DATA",
     "SMALL",
@@ -87,6 +71,5 @@ __all__ = [
     "random_model",
     "recorded",
     "recorded_text",
-    "retrieved_chunks",
     "small_config",
 ]

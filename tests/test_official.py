@@ -17,7 +17,6 @@ from official_models import (
     random_model,
     recorded,
     recorded_text,
-    retrieved_chunks,
     small_config,
 )
 from torch import Tensor
@@ -34,7 +33,6 @@ ROUNDING = 1e-5  # two float32 scores that are closer than this may swap places
 
 def assert_reproduces(model: OfficialLongMem, data: dict[str, Tensor], segments: int, every: int) -> None:
     """Walk the recorded segments; `every`: which of a gradient's elements were kept."""
-    found = retrieved_chunks(model)
     for s in range(segments):
         segment = {name.split("/", 1)[1]: t for name, t in data.items() if name.startswith(f"seg{s}/")}
         model.zero_grad()
@@ -49,7 +47,7 @@ def assert_reproduces(model: OfficialLongMem, data: dict[str, Tensor], segments:
         assert all(index.ntotal == segment["mem_counts"][3] for index in model.memory.index_list)
         if "knn_index" in segment:
             assert segment["knn_min_margin"] > ROUNDING  # so the sets must agree exactly
-            assert torch.equal(found[-1], segment["knn_index"])
+            assert model.knn_index is not None and torch.equal(model.knn_index, segment["knn_index"])
         if "memory_bias_grad_is_none" in segment:
             assert (model.memory_bias.grad is None) == bool(segment["memory_bias_grad_is_none"])
     parameters = official_parameters(model)
@@ -65,7 +63,8 @@ def assert_reproduces(model: OfficialLongMem, data: dict[str, Tensor], segments:
         torch.testing.assert_close(
             model(data["readonly/src_tokens"], memory_write=False), data["readonly/logits"], **CLOSE
         )
-        assert torch.equal(found[-1], data["readonly/knn_index"]) and model.memory.dstore_idx == before
+        assert model.knn_index is not None and torch.equal(model.knn_index, data["readonly/knn_index"])
+        assert model.memory.dstore_idx == before
 
 
 def test_reproduces_the_published_numbers() -> None:
@@ -132,7 +131,6 @@ def walk_side_by_side(
 ) -> None:
     """Train both with the published optimiser; logits, sets, counts, gradients and parameters agree at every step."""
     theirs = composition_of(model, storage=storage)
-    found = retrieved_chunks(model)
     parameters = official_parameters(model)
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     optimisers = [
@@ -140,13 +138,13 @@ def walk_side_by_side(
         for tensors in (parameters, theirs.parameters)
     ]
     for s, (tokens, targets) in enumerate(segments):
-        write, before = s not in read_only, len(found)
+        write = s not in read_only
         logits, wanted = model(tokens, memory_write=write), theirs(tokens, memory_write=write)
         torch.testing.assert_close(logits, wanted, **CLOSE)
         assert model.memory.dstore_idx == theirs.memory.stored
-        if len(found) > before:
-            assert theirs.chunk_numbers is not None
-            assert torch.equal(found[-1], theirs.chunk_numbers)  # random scores lie far apart
+        assert (model.knn_index is None) == (s == 0)
+        if model.knn_index is not None and theirs.chunk_numbers is not None:
+            assert torch.equal(model.knn_index, theirs.chunk_numbers)  # random scores lie far apart
         for optimiser, output in zip(optimisers, (logits, wanted), strict=True):
             optimiser.zero_grad()
             F.cross_entropy(output.flatten(0, 1), targets.flatten(), ignore_index=1).backward()
@@ -159,7 +157,6 @@ def walk_side_by_side(
             optimiser.step()
     for name in trained:
         torch.testing.assert_close(parameters[name], theirs.parameters[name], **CLOSE)
-    assert len(found) > 1
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
@@ -255,7 +252,7 @@ def test_published_sizes() -> None:
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [7, 600])
+@pytest.mark.parametrize("tokens", [7, 700])
 def test_head_loss_is_the_cross_entropy_of_all_logits(tokens: int) -> None:
     head = torch.nn.Linear(16, 61)
     targets = torch.randint(0, 61, (2, tokens)).masked_fill_(torch.rand(2, tokens) < 0.3, 1)

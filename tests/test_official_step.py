@@ -22,8 +22,9 @@ CPU = torch.device("cpu")
 def test_all_providers_take_the_same_steps_from_the_same_start() -> None:
     rows = measure_steps(TINY, steps=4)
     names = [row.provider for row in rows]
-    assert names == [provider.name for provider in step_providers(CPU)] and len(rows) == 4
-    assert [row.ours for row in rows] == [True, False, True, False]
+    assert names == [provider.name for provider in step_providers(CPU)]
+    assert [row.ours for row in rows] == [name.startswith("longmem") for name in names]
+    assert {row.dtype for row in rows} == {"float32", "float32, products in bfloat16"}
     assert all(row.median_ms for row in rows)
     assert "B=2 T=12 layers=4+2 E=24 H=3 V=61 memory=96 k=8 C=4" in table(rows)
 
@@ -50,11 +51,12 @@ def test_a_start_leaves_nothing_of_the_steps_before_it() -> None:
 
 
 def test_another_loss_is_refused() -> None:
-    provider = step_providers(CPU)[1]
+    provider = step_providers(CPU)[-1]
+    check_losses(provider, [2.0, 3.0002], [2.0, 3.0])
+    provider = replace(provider, precision="float32")
     check_losses(provider, [2.0, 3.00009], [2.0, 3.0])
     with pytest.raises(GateError, match=r"'published composition, .*' in float32 differs by 0.0002 nats"):
         check_losses(provider, [2.0, 3.0002], [2.0, 3.0])
-    check_losses(replace(provider, precision="bfloat16"), [2.0, 3.0002], [2.0, 3.0])
     with pytest.raises(GateError):
         check_losses(provider, [float("nan")], [2.0])
 
@@ -76,7 +78,7 @@ def test_the_command_writes_what_the_report_reads(
     runpy.run_module("benchmarks.official_step", run_name="__main__")
     printed = capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
-    assert [row["op"] for row in rows] == ["official_step"] * 4
+    assert {row["op"] for row in rows} == {"official_step"} and len(rows) == len(step_providers(CPU))
     monkeypatch.setattr(sys, "argv", ["report", str(path)])
     runpy.run_module("benchmarks.report", run_name="__main__")
     assert table_part(capsys.readouterr().out) == table_part(printed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from longmem.official import OfficialConfig, OfficialLongMem
 from longmem.official.loading import official_parameters
 from longmem.precision import autocast
+from longmem.products import onednn_products, why_no_onednn
 
 from . import environment
 from .gate import GateError
@@ -61,6 +63,7 @@ class StepProvider:
     name: str
     precision: str
     index: type[Index] | None = None  # of the published composition; None is ours
+    onednn: bool = False  # float32 products by oneDNN, see `longmem.products`
 
 
 def step_providers(device: torch.device) -> list[StepProvider]:
@@ -70,7 +73,10 @@ def step_providers(device: torch.device) -> list[StepProvider]:
     else:
         theirs = StepProvider("published composition, torch search", "float32", TorchIndex)
     ours = StepProvider("longmem", "float32")
-    return [ours, theirs, replace(ours, precision="bfloat16"), replace(theirs, precision="bfloat16")]
+    in_float32 = [ours, theirs]
+    if device.type == "cpu" and why_no_onednn() is None:
+        in_float32.insert(1, replace(ours, name="longmem, products by oneDNN", onednn=True))
+    return [*in_float32, replace(ours, precision="bfloat16"), replace(theirs, precision="bfloat16")]
 
 
 class Steps:
@@ -108,9 +114,10 @@ class Steps:
             text = torch.randint(4, c.vocab, (self.shape.rows, c.tokens_per_sample + 1), generator=generator)
             text = text.to(self.device)
             optimiser.zero_grad()
-            with autocast(provider.precision, self.device):
-                loss = loss_of(text[:, :-1], text[:, 1:])
-            loss.backward()
+            with onednn_products() if provider.onednn else nullcontext():
+                with autocast(provider.precision, self.device):
+                    loss = loss_of(text[:, :-1], text[:, 1:])
+                loss.backward()
             optimiser.step()
             losses.append(loss.item())
 

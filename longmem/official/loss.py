@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TOKENS = 256  # whose logits exist at once
+_TOKENS = 512  # whose logits exist at once
 
 
 def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *, ignore: int) -> Tensor:

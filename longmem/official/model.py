@@ -118,6 +118,11 @@ class OfficialLongMem(nn.Module):
     The backbone is frozen; the SideNet trains. One memory serves all rows and lives across calls, as in the published
     code; `memory.reset()` empties it.
 
+    Attributes:
+        memory: see `External_Memory`; `memory.dstore_idx` chunks are stored.
+        knn_index: [B, H, T, k // chunk] int64, the chunks that the last segment read, best first: 0 was the oldest one
+            then, -1 stands for none. None when there was no memory to read.
+
     Args:
         config: sizes.
         storage: what memory keys and values are stored in; the published code runs with float16.
@@ -132,9 +137,10 @@ class OfficialLongMem(nn.Module):
         self.norm = nn.LayerNorm(config.embed, eps=1e-5)
         self.memory_bias = nn.Parameter(torch.zeros(config.heads))
         self.memory = External_Memory(config.as_fairseq(), dtype=storage)
+        self.knn_index: Tensor | None = None
 
     def forward(self, tokens: Tensor, memory_write: bool = True) -> Tensor:
-        """Logits [B, T, vocab] for tokens [B, T] int64, 1 being padding.
+        """Logits [B, T, vocab] for tokens [B, T], 1 being padding.
 
         More than `config.tokens_per_sample` tokens are walked segment by segment. Every segment reads the memory as it
         was before it, and is then written to it; with `memory_write=False` (`disable_add_index`) it only reads.
@@ -155,6 +161,8 @@ class OfficialLongMem(nn.Module):
 
     def features(self, tokens: Tensor, memory_write: bool = True) -> Tensor:
         """What the vocabulary head takes, [B, T, E]. Arguments as in `forward`."""
+        if not tokens.is_floating_point():
+            tokens = tokens.long()
         self.backbone._check(tokens)
         segments = tokens.split(self.config.tokens_per_sample, 1)
         return torch.cat([self._segment(segment, memory_write) for segment in segments], 1)
@@ -180,7 +188,7 @@ class OfficialLongMem(nn.Module):
             unmasked = _position_bias(padding, self.config.heads)
             bias = unmasked.masked_fill(padding[:, None, None], torch.finfo(torch.float32).min)
         encoded = self._encode(tokens, bias)
-        x = encoded.embedded
+        x, self.knn_index = encoded.embedded, None
         for i, residual in enumerate(encoded.residuals):
             reads = i == self.config.memory_layer and self.memory.dstore_idx > 0
             # With memory the published layer forgets about padding.
@@ -242,10 +250,20 @@ class OfficialLongMem(nn.Module):
             layer: DecoderLayer,
             positions: Positions,
         ) -> Tensor:
-            found = self.memory.retrieve(query.permute(2, 0, 1, 3).flatten(2))["tgt_index"]
+            rows, heads, steps, _ = query.shape
+            found = self.memory.retrieve(query.permute(2, 0, 1, 3).flatten(2))
+            numbers = torch.stack(found["knn_index"]).view(heads, steps, rows, -1)
+            self.knn_index = numbers.permute(2, 0, 1, 3)
             slopes = layer.slopes if bias is None else None
             attended = retrieved_attention(
-                query, key, value, found, self.memory_bias, slopes=slopes, bias=bias, dropout_p=dropout_p
+                query,
+                key,
+                value,
+                found["tgt_index"],
+                self.memory_bias,
+                slopes=slopes,
+                bias=bias,
+                dropout_p=dropout_p,
             )
             return layer.output(merge_heads(attended))
 
