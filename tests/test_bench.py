@@ -298,8 +298,8 @@ def test_device_timer_flushes_before_cold_calls_alone(monkeypatch: pytest.Monkey
     quiet = SimpleNamespace(wait_stream=lambda other: None)
     fakes = {
         "Event": Event, "CUDAGraph": Graph, "Stream": lambda: quiet, "current_stream": lambda: quiet,
-        "synchronize": lambda *device: None, "device": lambda device: nullcontext(), "stream": lambda one: nullcontext(),
-        "graph": lambda graph: nullcontext(),
+        "synchronize": lambda *device: None, "stream": lambda one: nullcontext(),
+        "device": lambda device: nullcontext(), "graph": lambda graph: nullcontext(),
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)

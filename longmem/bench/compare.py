@@ -11,9 +11,9 @@ from .results import Result
 FLOOR = 0.05
 RULE = (
     "A time has changed when the p20 - p80 ranges of the two runs do not overlap and the medians differ by more than"
-    f" {FLOOR:.0%}.\nThe ranges hold what varies within a run; clock speed, placement of memory and heat vary between"
-    f" runs, by up to {FLOOR:.0%}\nwhere nothing changed. Rows that got different shares of the processor (cores, by"
-    " more than a tenth) are not judged."
+    f" {FLOOR:.0%}.\nThe ranges hold what varies within a run; the {FLOOR:.0%} are for what varies between runs: clock"
+    " speed, heat, placement of memory.\nRows that got different shares of the processor (cores, by more than a tenth)"
+    " are not judged."
 )
 
 

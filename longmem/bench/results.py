@@ -67,7 +67,13 @@ class Result:
         return path
 
     def keep(self, folder: Path = RESULTS) -> Path:
-        """Save under the device's and the commit's name."""
+        """Save under the device's and the commit's name.
+
+        Raises:
+            ValueError: this is no source tree, which has a place for results.
+        """
+        if not folder.is_dir():
+            raise ValueError(f"keep: {folder} does not exist: results are kept in a source tree; save them with --json")
         device = (
             self.machine["device"] if self.on_gpu else f"{self.machine['device']} {self.machine['threads']} threads"
         )
