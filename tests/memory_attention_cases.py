@@ -71,6 +71,8 @@ CASES = {
     ),
     "fp8_bank": Case(bank_dtype=FP8, C=3, K=5),
     "fp8_bank_joint": Case(bank_dtype=FP8, fusion="joint", T=17, S=17, loss=OUTPUTS),
+    "no_local_keys": Case(S=0, T=17, fusion="joint", loss=("out", "memory_lse"), H=4, G=2),
+    "no_local_keys_gated": Case(S=0, T=1, loss=OUTPUTS),
     "all_outputs": Case(loss=OUTPUTS, T=17, S=17, slopes=True, own_memory_query=False),
     "local_lse": Case(loss=("local_lse",)),
     "memory_lse": Case(loss=("memory_lse",), fusion="joint"),
