@@ -433,7 +433,7 @@ def chunk_topk_triton(
     # A list must hold K + SLACK entries and what one more tile appends.
     capacity = triton.cdiv(k + SLACK.value + BM // GROUP // lanes, CHUNK.value) * CHUNK.value
     tasks = B * G * triton.cdiv(rows, BT)
-    programs = WARPS // num_warps
+    programs = max(WARPS // num_warps, 1)
     splits = largest_power_of_2(min(max(programs // tasks, 1), triton.cdiv(M, BM), MERGE_WIDTH // BK))
     tasks *= splits
     programs = min(programs, tasks)
