@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -105,7 +106,7 @@ def loop_instructions(cubin: bytes) -> list[str]:
         for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", _dump(cubin, "-sass"), re.MULTILINE)
     }
     addresses = sorted(code)
-    after = dict(zip(addresses, addresses[1:], strict=False))
+    after = dict(pairwise(addresses))
     target = {at: int(to[1], 16) for at in addresses if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", code[at]))}
     products = [at for at in addresses if re.search(r"\bHG?MMA\b", code[at])]
     turns = [(at - to, to, at) for at, to in target.items() if to <= products[0] and products[-1] <= at]
