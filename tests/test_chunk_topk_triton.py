@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
+from itertools import product
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -21,11 +25,20 @@ from longmem_kernels import chunk_topk  # noqa: E402
 
 if not CUDA:
     prepare_once_per_launch()
+# The package has a function of the same name as this module's parent.
+implementation = importlib.import_module("longmem_kernels.chunk_topk.triton")
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-T_LONG, M_LONG = (129, 5000) if CUDA else (17, 150)
+T_LONG, M_LONG = (129, 5000) if CUDA else (9, 300)
+
+
+@pytest.fixture(autouse=True)
+def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs them one after the other."""
+    if not CUDA:
+        monkeypatch.setattr(implementation, "WARPS", 4)
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -48,12 +61,45 @@ def check(
     return ids, scores
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k", [1, 3, 16, 64])
+# Under the interpreter every kernel path once: it takes seconds where a GPU takes none.
+KINDS = list(product(DTYPES, [1, 3, 16, 64])) if CUDA else list(zip(DTYPES, [16, 64, 3], strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "k"), KINDS, ids=str)
 def test_integers_with_ties(dtype: torch.dtype, k: int) -> None:
     # GQA, M no multiple of a tile, rings filled differently
-    query, centroid = integers(2, 4, T_LONG, 64, dtype=dtype), integers(2, 2, M_LONG, 64, dtype=dtype, seed=1)
+    query, centroid = integers(2, 2, T_LONG, 64, dtype=dtype), integers(2, 1, M_LONG, 64, dtype=dtype, seed=1)
     check(query, centroid, k, counts(M_LONG, 70))
+
+
+@pytest.mark.parametrize("tokens", [1, 65, 129])
+def test_tiles_for_every_number_of_queries(tokens: int) -> None:
+    query, centroid = integers(1, 1, tokens, 32, dtype=torch.bfloat16), integers(1, 1, 300, 32, seed=1).bfloat16()
+    check(query, centroid, 4, counts(290))
+
+
+def test_slots_are_split_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, centroid = integers(1, 1, 3, 32, dtype=torch.bfloat16), integers(1, 1, 1000, 32, seed=1).bfloat16()
+    for warps in (4, 64):
+        monkeypatch.setattr(implementation, "WARPS", warps)
+        check(query, centroid, 4, counts(901))
+        check(query, centroid, 4, counts(33))  # most splits are empty
+
+
+@settings(max_examples=200 if CUDA else 6)
+@given(data=st.data())
+def test_random_shapes(data: st.DataObject) -> None:
+    draw = data.draw
+    B, G, group, T = (draw(st.integers(1, most)) for most in (2, 2, 2, 3))
+    M, rings = draw(st.integers(1, 200)), draw(st.sampled_from(sorted({1, B, 3})))
+    k, seed = draw(st.integers(1, 64 if CUDA else 20)), draw(st.integers(0, 2**20))
+    query = integers(B, G * group, T, 32, dtype=draw(st.sampled_from(DTYPES)), seed=seed)
+    centroid = integers(rings, G, M, 32, dtype=draw(st.sampled_from(DTYPES)), seed=seed + 1)
+    count = torch.randint(M + 1, (rings,), generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.int32)
+    for ring, stored in enumerate(count.tolist()):
+        centroid[ring, :, stored:] = math.nan
+    index = None if rings in (1, B) else counts(*([rings - 1, 0][:B]))
+    check(query, centroid, k, count, index)
 
 
 @pytest.mark.parametrize("head_dim", [32, 80, 96, 128, 256])
@@ -83,23 +129,36 @@ def test_k_larger_than_the_ring() -> None:
     check(integers(1, 2, 3, 32), integers(1, 1, 7, 32, seed=1), 16, counts(7))
 
 
-@pytest.mark.parametrize("order", ["equal", "ascending", "descending", "one_tile", "zeros_of_both_signs"])
-@pytest.mark.parametrize("k", [1, 16, 64])
-def test_adversarial_orders(order: str, k: int) -> None:
-    M = M_LONG
-    slot = torch.arange(M, dtype=torch.float32, device=DEVICE)
-    score = {
-        "equal": torch.full_like(slot, -7.0),
-        "ascending": slot,
-        "descending": -slot,
-        "one_tile": torch.where((slot >= 64) & (slot < 128), slot % 5 + 100, -slot),
-        "zeros_of_both_signs": torch.where(slot % 2 == 0, 0.0, -0.0),
-    }[order]
-    centroid = torch.zeros(1, 1, M, 32, device=DEVICE)
+def row_of_scores(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and centroids of one head, such that the first token scores the slots `score` and the second -`score`."""
+    centroid = torch.zeros(1, 1, len(score), 32, device=DEVICE)
     centroid[..., 0] = score
     query = torch.zeros(1, 1, 2, 32, device=DEVICE)
     query[..., 0, 0], query[..., 1, 0] = 1, -1
-    check(query, centroid, k, counts(M))
+    return query, centroid
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "order", ["equal", "ascending", "one_group", "one_tile", "one_lane", "two_levels", "zeros_of_both_signs", "nan"]
+)
+def test_adversarial_orders(order: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long enough that lists fill up and are compacted, with whole numbers that bfloat16 holds."""
+    monkeypatch.setattr(implementation, "WARPS", 1)  # no splits
+    slot = torch.arange(5000 if CUDA else 1500, dtype=torch.float32, device=DEVICE)
+    score = {
+        "equal": torch.full_like(slot, -7.0),
+        "ascending": (slot // 6).clamp(max=256),  # six of each: ties at every boundary
+        "one_group": torch.where(slot // 8 == 77, slot % 8 + 100, -1.0),
+        "one_tile": torch.where(slot // 128 == 5, slot % 5 + 100, -(slot % 7)),
+        "one_lane": torch.where(slot // 8 % 4 == 1, slot // 32, -1.0),
+        "two_levels": (slot % 100 == 99).float(),
+        "zeros_of_both_signs": torch.where(slot % 2 == 0, 0.0, -0.0),
+        "nan": torch.where(slot % 300 == 299, 1.0, math.nan),
+    }[order]
+    query, centroid = row_of_scores(score)
+    for k in (1, 16, 64) if CUDA else (16,):
+        check(query.to(dtype), centroid.to(dtype), k, counts(len(slot) - 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -66,7 +68,14 @@ def launches() -> Iterator[list[Launch]]:
 
 
 def compile_for(launch: Launch, capability: int) -> Usage:
-    """Machine code of the launch for sm_`capability`, and what it uses."""
+    """What the machine code of the launch for sm_`capability` uses."""
+    cubin, shared_bytes = machine_code(launch, capability)
+    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _dump(cubin, "--dump-resource-usage"))}
+    return Usage(used["REG"], used["STACK"] + used["LOCAL"], shared_bytes)
+
+
+def machine_code(launch: Launch, capability: int) -> tuple[bytes, int]:
+    """The launch compiled for sm_`capability`, and the bytes of shared memory it wants."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -87,14 +96,40 @@ def compile_for(launch: Launch, capability: int) -> Usage:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
-    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
+    return compiled.asm["cubin"], compiled.metadata.shared
 
 
-def _usage(cubin: bytes, shared_bytes: int) -> Usage:
+def loop_instructions(cubin: bytes) -> list[str]:
+    """The instructions on the shortest way around the loop that multiplies matrices: what every turn costs at least."""
+    code = {
+        int(address, 16): text
+        for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", _dump(cubin, "-sass"), re.MULTILINE)
+    }
+    addresses = sorted(code)
+    after = dict(pairwise(addresses))
+    target = {at: int(to[1], 16) for at in addresses if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", code[at]))}
+    products = [at for at in addresses if re.search(r"\bHG?MMA\b", code[at])]
+    turns = [(at - to, to, at) for at, to in target.items() if to <= products[0] and products[-1] <= at]
+    _, start, end = min(turns)
+
+    came_from = {start: start}
+    queue = deque([start])
+    while end not in came_from:
+        at = queue.popleft()
+        always = at in target and not code[at].startswith("@")
+        for successor in (target.get(at), None if always else after.get(at)):
+            if successor is not None and successor not in came_from:
+                came_from[successor] = at
+                queue.append(successor)
+    way = [end]
+    while way[-1] != start:
+        way.append(came_from[way[-1]])
+    return [code[at] for at in reversed(way)]
+
+
+def _dump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
-    return Usage(used["REG"], used["STACK"] + used["LOCAL"], shared_bytes)
+        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
