@@ -30,12 +30,13 @@ class Memory {
     for (int64_t k = 0; k < p_.K; ++k) {
       const int64_t id = ids[k];
       if (id < 0 || id >= p_.M) continue;
-      const float* scale = p_.memory_scale ? p_.memory_scale + (head * p_.M + id) * 2 : nullptr;
-      for (int64_t c = 0; c < p_.C; ++c, ++n) {
-        key_at_[n] = key + id * p_.memory_key_stride[2] + c * p_.memory_key_stride[3];
-        value_at_[n] = value + id * p_.memory_value_stride[2] + c * p_.memory_value_stride[3];
-        if (scale) key_scale_[n] = scale[0], value_scale_[n] = scale[1];
+      list(key + id * p_.memory_key_stride[2], p_.memory_key_stride[3], key_at_ + n);
+      list(value + id * p_.memory_value_stride[2], p_.memory_value_stride[3], value_at_ + n);
+      if (p_.memory_scale) {
+        const float* scale = p_.memory_scale + (head * p_.M + id) * 2;
+        for (int64_t c = 0; c < p_.C; ++c) key_scale_[n + c] = scale[0], value_scale_[n + c] = scale[1];
       }
+      n += p_.C;
     }
     for (int64_t j = n; n > 0 && j < round_up(n); ++j)
       key_at_[j] = key_at_[n - 1], value_at_[j] = value_at_[n - 1];
@@ -74,6 +75,11 @@ class Memory {
   int64_t n = 0;
 
  private:
+  // Where the tokens of a chunk lie.
+  void list(int64_t first, int64_t stride, int64_t* at) const {
+    for (int64_t c = 0; c < p_.C; ++c) at[c] = first + c * stride;
+  }
+
   Scattered keys() const { return {p_.memory_key, p_.memory_type, key_at_, n, p_.D}; }
   Scattered values() const { return {p_.memory_value, p_.memory_type, value_at_, n, p_.D}; }
 
