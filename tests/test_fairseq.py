@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 from typing import Any
@@ -261,9 +262,20 @@ def test_what_the_published_layer_cannot_do_is_refused_in_words() -> None:
             JointMultiheadAttentionWeightedSum(24, **options)
 
 
-def test_dropout_leaves_the_average_and_follows_the_mode() -> None:
-    module, x = layer(24, 3, dropout=0.3), torch.randn(5, 2, 24)
-    options: dict[str, Any] = {"need_weights": False, "position_encoding": torch.randn(2, 3, 1, 5)}
+FUSED_DROPOUT = pytest.mark.skipif(
+    "dropout_p" not in inspect.signature(memory_attention).parameters, reason="the fused kernel has no dropout yet"
+)
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+@pytest.mark.parametrize("scheme", ["other positions", pytest.param("ALiBi", marks=FUSED_DROPOUT)])
+def test_dropout_leaves_the_average_and_follows_the_mode(scheme: str, with_memory: bool) -> None:
+    module, x, memory = layer(24, 3, dropout=0.3), torch.randn(5, 2, 24), small_memory()
+    positions = alibi(2, 3, 5) if scheme == "ALiBi" else torch.randn(2, 3, 1, 5)
+    options: dict[str, Any] = {"need_weights": False, "attn_mask": causal(5), "position_encoding": positions}
+    if with_memory:
+        memory.add_index({"k": torch.randn(2, 12, 24), "v": torch.randn(2, 12, 24)})
+        options["long_context_retrieval"] = memory.retrieve(module.q_proj(x))["tgt_index"]
     out = module.eval()(x, x, x, **options)[0]
     torch.testing.assert_close(module(x, x, x, **options)[0], out)
     module.train()
