@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from longmem_kernels import memory_attention
 from longmem_kernels.fairseq import External_Memory, JointMultiheadAttentionWeightedSum, fusion
+from longmem_kernels.fairseq.attention import IncrementalState
 
-CLOSE = {"rtol": 0.0, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
 
 
 class Fused:
@@ -196,7 +198,11 @@ def test_half_precision_positions_do_not_cost_the_fused_path(monkeypatch: pytest
 def test_parameters_have_the_published_names_and_shapes(options: dict[str, Any]) -> None:
     module = JointMultiheadAttentionWeightedSum(24, 3, **options)
     kdim, vdim = options.get("kdim", 24), options.get("vdim", 24)
-    wanted = {"q_proj.weight": (24, 24), "k_proj.weight": (24, kdim), "v_proj.weight": (24, vdim)}
+    wanted: dict[str, tuple[int, ...]] = {
+        "q_proj.weight": (24, 24),
+        "k_proj.weight": (24, kdim),
+        "v_proj.weight": (24, vdim),
+    }
     wanted |= {"out_proj.weight": (24, 24), "memory_bias": (3,)}
     if options.get("bias", True):
         wanted |= {f"{name}_proj.bias": (24,) for name in ("q", "k", "v", "out")}
@@ -222,7 +228,7 @@ def test_old_checkpoints_with_a_joint_projection_are_upgraded() -> None:
 
 
 def test_incremental_buffers_work_as_in_fairseq() -> None:
-    module, state = layer(24, 3), {}
+    module, state = layer(24, 3), IncrementalState()
     assert module._get_input_buffer(None) == {} and module._get_input_buffer(state) == {}
     module._set_input_buffer(state, {"prev_key": torch.arange(3.0)[:, None], "prev_value": None})
     module.reorder_incremental_state(state, torch.tensor([2, 0]))
@@ -246,18 +252,30 @@ def test_what_the_published_layer_cannot_do_is_refused_in_words() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             module(*arguments, **options)
-    for options, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"num_heads": 5}, "multiple of num_heads"),
         ({"num_heads": 3, "q_noise": 0.1}, "q_noise=0.1"),
         ({"num_heads": 3, "self_attention": True, "kdim": 8}, "needs kdim and vdim to be 24"),
-    ):
+    )
+    for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             JointMultiheadAttentionWeightedSum(24, **options)
 
 
-def test_dropout_leaves_the_average_and_follows_the_mode() -> None:
-    module, x = layer(24, 3, dropout=0.3), torch.randn(5, 2, 24)
-    options: dict[str, Any] = {"need_weights": False, "position_encoding": torch.randn(2, 3, 1, 5)}
+FUSED_DROPOUT = pytest.mark.skipif(
+    "dropout_p" not in inspect.signature(memory_attention).parameters, reason="the fused kernel has no dropout yet"
+)
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+@pytest.mark.parametrize("scheme", ["other positions", pytest.param("ALiBi", marks=FUSED_DROPOUT)])
+def test_dropout_leaves_the_average_and_follows_the_mode(scheme: str, with_memory: bool) -> None:
+    module, x, memory = layer(24, 3, dropout=0.3), torch.randn(5, 2, 24), small_memory()
+    positions = alibi(2, 3, 5) if scheme == "ALiBi" else torch.randn(2, 3, 1, 5)
+    options: dict[str, Any] = {"need_weights": False, "attn_mask": causal(5), "position_encoding": positions}
+    if with_memory:
+        memory.add_index({"k": torch.randn(2, 12, 24), "v": torch.randn(2, 12, 24)})
+        options["long_context_retrieval"] = memory.retrieve(module.q_proj(x))["tgt_index"]
     out = module.eval()(x, x, x, **options)[0]
     torch.testing.assert_close(module(x, x, x, **options)[0], out)
     module.train()
@@ -271,7 +289,7 @@ def test_dropout_leaves_the_average_and_follows_the_mode() -> None:
 class SideNetLayer(nn.Module):
     """A memory layer around whichever attention and memory it is given, as the published code wires it."""
 
-    def __init__(self, attention: nn.Module, width: int) -> None:
+    def __init__(self, attention: Any, width: int) -> None:
         super().__init__()
         self.self_attn, self.ln_1 = attention, nn.LayerNorm(width)
         self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)

@@ -27,7 +27,7 @@ from longmem.official.loss import head_loss
 from longmem_kernels import memory_attention
 
 GOLDEN = os.environ.get("LONGMEM_GOLDEN")
-CLOSE = {"rtol": 0.0, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
 ROUNDING = 1e-5  # two float32 scores that are closer than this may swap places
 
 

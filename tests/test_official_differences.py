@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from longmem.official import official_state
 from longmem.official.loading import official_parameters
 
 ROOT = Path(__file__).parent.parent
-CLOSE = {"rtol": 0.0, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
 
 
 def text(rows: int = 2, steps: int = 12) -> torch.Tensor:
@@ -32,7 +33,7 @@ def test_rows_share_one_memory_in_the_published_model() -> None:
         model.memory.reset()
         model(torch.cat([past[:1], neighbour]))
         results.append(model(now)[0])
-    assert not torch.allclose(*results, atol=1e-2)
+    assert not torch.allclose(results[0], results[1], atol=1e-2)
 
 
 def test_the_published_memory_is_never_full() -> None:
