@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from .backbones.load import load_backbone
 from .data.documents import CORPORA, Document, named_corpus, read_documents
 from .data.stream import tokenize_documents
 from .evaluate.perplexity import PerplexityReport, perplexity
-from .evaluate.plots import plot_perplexity
+from .evaluate.plots import plot_perplexity, plot_recall
 from .memory import MemoryBank
 from .model import LongMem
 from .precision import autocast, resolve_precision
 from .states import StateSource
+from .tasks.recall import RecallConfig, RecallReport, run_recall
 from .training.trainer import Trainer
 
 
@@ -130,3 +132,28 @@ def save_report(report: PerplexityReport, folder: Path, title: str) -> None:
     (folder / "perplexity.json").write_text(json.dumps(content, indent=2) + "\n")
     plot_perplexity(report, folder / "perplexity.png", f"{title}; {report.tokens:,} held-out tokens")
     typer.echo(f"wrote {folder}/perplexity.json and {folder}/perplexity.png", err=True)
+
+
+def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) -> RecallReport:
+    """Run the task; write recall.json and recall.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with tqdm(desc="recall", unit="step") as bar:
+
+        def report(stage: str, value: float) -> None:
+            bar.set_description(stage, refresh=False)
+            bar.set_postfix({"now": f"{value:.3f}"}, refresh=False)
+            bar.update()
+
+        found = run_recall(config, device, report)
+    content = found.as_dict() | {
+        "config": asdict(config),
+        "seconds": time.perf_counter() - began,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    (folder / "recall.json").write_text(json.dumps(content, indent=2) + "\n")
+    plot_recall(found, folder / "recall.png", f"Associative recall, {config.capacity:,} tokens of memory")
+    typer.echo(f"wrote {folder}/recall.json and {folder}/recall.png", err=True)
+    return found

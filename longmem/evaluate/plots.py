@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .perplexity import PerplexityReport
+
+if TYPE_CHECKING:
+    from longmem.tasks.recall import RecallReport
 
 
 def plot_perplexity(report: PerplexityReport, path: str | Path, title: str) -> None:
@@ -33,6 +37,31 @@ def plot_perplexity(report: PerplexityReport, path: str | Path, title: str) -> N
     for axis in (left, right):
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_recall(report: RecallReport, path: str | Path, title: str) -> None:
+    """Accuracy by the distance of the answer, a line for each kind of memory, with standard errors, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    colours = {"memory": "#1f6fb2", "empty memory": "#b9c7d8", "other memory": "#d98c5f"}
+    for condition, row in report.correct.items():
+        means, errors = zip(*(report.accuracy(condition, distance) for distance in row), strict=True)
+        axis.errorbar(list(row), means, errors, label=condition, color=colours[condition], marker="o", capsize=3)
+    axis.axhline(report.chance, color="black", linewidth=0.8, linestyle=":", label="chance")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(report.correct["memory"]), [f"{distance:,}" for distance in report.correct["memory"]])
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel("tokens from the pair to its question")
+    axis.set_ylabel("answers that are right")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)

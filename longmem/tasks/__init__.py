@@ -1,0 +1,1 @@
+"""Tasks whose answers are known, for showing that a memory works."""
