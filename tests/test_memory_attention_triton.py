@@ -62,7 +62,7 @@ def test_large(name: str, dtype: torch.dtype) -> None:
     check(Case(**{**vars(LARGE_CASES[name]), "dtype": dtype}), "triton", "cuda")
 
 
-# --- options that the suite's cases do not combine --------------------------------------------------------------------
+# --- options that the suite's cases do not combine ----------------------------------------------------------------
 
 NAMES = ("query", "key", "value", "memory_query", "gate")
 
@@ -261,7 +261,7 @@ def test_a_part_rounded_to_nothing_keeps_the_gradient_of_its_log_sum_exp() -> No
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
-# --- decoding ----------------------------------------------------------------------------------------------------------
+# --- decoding ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -297,7 +297,7 @@ def test_any_number_of_parts(programs: int, monkeypatch: pytest.MonkeyPatch) -> 
     compare(arguments)
 
 
-# --- the framework -----------------------------------------------------------------------------------------------------
+# --- the framework -------------------------------------------------------------------------------------------------
 
 
 def test_same_mask_as_the_reference_beyond_the_first_block() -> None:

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from triton_budget import (
-    LOCAL_BYTES,
-    REGISTERS,
-    SHARED_BYTES,
-    Launch,
-    compile_for,
-    launches,
-    loop_instructions,
-    machine_code,
-)
+from triton_budget import SHARED_BYTES, Launch, compile_for, launches, loop_instructions, machine_code
 
 import longmem_kernels  # noqa: F401  (declares the ops)
 from longmem_kernels._dispatch import _interpreted
+from longmem_kernels.memory_attention import _triton_common
 
 pytestmark = pytest.mark.skipif(_interpreted, reason="TRITON_INTERPRET=1: interpreted kernels cannot be compiled")
 
 CASES = {
-    "base": {},
+    "base": {"slopes": True},
+    "grouped": {"G": 1, "D": 96},
     "head_dim_128": {"D": 128},
     "head_dim_256": {"D": 256},
     "float32": {"dtype": torch.float32},
     "float32_head_dim_256": {"dtype": torch.float32, "D": 256},
     "float32_bank": {"bank_dtype": torch.float32, "D": 80, "C": 3},
+    "float8_bank": {"bank_dtype": torch.float8_e4m3fn, "D": 128},
     "decode": {"T": 1, "R": 1, "B": 1, "G": 1, "causal": False},
-    "joint_window": {"fusion": "joint", "window": 128, "slopes": True, "K": 64, "C": 64},
+    "decode_several": {"T": 16, "G": 1, "D": 128, "bank_dtype": torch.float8_e4m3fn, "window": 99, "dropout_p": 0.1},
+    "decode_float32_head_dim_256": {"T": 4, "dtype": torch.float32, "D": 256, "key_mask": True, "slopes": True},
+    "joint_window": {"fusion": "joint", "window": 128, "slopes": True, "K": 64, "C": 64, "G": 1},
+    "dropout": {"dropout_p": 0.1, "slopes": True, "key_mask": True, "G": 1},
+    "dropout_head_dim_128": {"dropout_p": 0.7, "fusion": "joint", "D": 128},
+    "key_mask": {"key_mask": True, "causal": False, "slopes": True},
 }
 
 
 def op_launches(
+    capability: int,
     dtype: torch.dtype = torch.bfloat16,
     bank_dtype: torch.dtype | None = None,
     B: int = 2,
@@ -49,25 +51,30 @@ def op_launches(
     causal: bool = True,
     window: int | None = None,
     slopes: bool = False,
+    key_mask: bool = False,
+    dropout_p: float = 0.0,
 ) -> list[Launch]:
-    """What chunk_topk and memory_attention, forward and backward, launch at these sizes."""
+    """What chunk_topk and memory_attention, forward and backward, launch at these sizes on sm_`capability`."""
     H, S, M = 4, 256, 1024
     bank_dtype = bank_dtype or dtype
 
     def local(heads: int, tokens: int) -> torch.Tensor:
         return torch.zeros(B, heads, tokens, D, dtype=dtype)
 
-    bank = torch.empty(R, G, M, 2, C, D, dtype=bank_dtype).select(3, 0)  # laid out as in a Ring
-    centroid = torch.zeros(R, G, M, D, dtype=bank_dtype)
+    bank = torch.zeros(R, G, M, 2, C, D, dtype=bank_dtype).select(3, 0)  # laid out as in a Ring
+    scale = torch.ones(R, G, M, 2) if bank_dtype == torch.float8_e4m3fn else None
+    centroid = torch.zeros(R, G, M, D, dtype=dtype if scale is not None else bank_dtype)
     ids = torch.zeros(B, H, T, K, dtype=torch.int32)
     gate = torch.zeros(H) if fusion == "gated" else None
-    inputs = (local(H, T), local(G, S), local(G, S), local(H, T), bank, bank, ids, None, gate)
-    options = (torch.zeros(H) if slopes else None, fusion, D**-0.5, causal, window)
+    vectors = (gate, torch.zeros(H) if slopes else None, torch.ones(B, S, dtype=torch.bool) if key_mask else None)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
+    inputs = (local(H, T), local(G, S), local(G, S), local(H, T), bank, bank, ids, scale, None, *vectors, seed)
+    options = (fusion, D**-0.5, causal, window, dropout_p)
     ops = torch.ops.longmem
-    with launches() as found:
+    with launches() as found, mock.patch.object(_triton_common, "capability", lambda _: divmod(capability, 10)):
         ops.chunk_topk_triton(local(H, T), centroid, torch.zeros(R, dtype=torch.int32), None, K)
         _, *saved = ops.memory_attention_triton(*inputs, *options)
-        ops.memory_attention_backward_triton(local(H, T), *inputs, *options, *saved)
+        ops.memory_attention_backward_triton(local(H, T), saved[1], saved[3], *inputs, *options, *saved)
     return found
 
 
@@ -75,12 +82,11 @@ def op_launches(
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_within_budget(case: str, capability: int, record_property: pytest.RecordProperty) -> None:
     over = []
-    for launch in op_launches(**CASES[case]):
+    for launch in op_launches(capability, **CASES[case]):
         usage = compile_for(launch, capability)
         record_property(launch.name, str(usage))
         print(f"{case:22} sm_{capability} {launch.name:42} {usage}")
-        fits = usage.local_bytes <= LOCAL_BYTES and usage.registers <= REGISTERS
-        if not (fits and usage.shared_bytes <= SHARED_BYTES[capability]):
+        if not usage.fits(capability):
             over.append(f"{launch.name}: {usage}")
     assert not over, "\n".join(over)
 

@@ -26,10 +26,11 @@ from triton.runtime.jit import JITFunction
 # Shared memory a block can have, and registers of a thread.
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
 REGISTERS = 255
-# The tiles are chosen for Triton 3.9; the compiler of 3.6 leaves up to two values of a thread in local memory.
-LOCAL_BYTES = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 16
+# Local memory of a thread, for registers that are spilled once. The innermost loops, where the time goes, spill none.
+LOCAL_BYTES = 128
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+_TYPES |= {torch.bool: "i1", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,13 @@ class Launch:
 class Usage:
     registers: int
     local_bytes: int  # spilled registers and stack, per thread
+    loop_spills: int  # instructions of innermost loops that access local memory
     shared_bytes: int
+
+    def fits(self, capability: int) -> bool:
+        if self.registers > REGISTERS or self.shared_bytes > SHARED_BYTES[capability]:
+            return False
+        return self.loop_spills == 0 and self.local_bytes <= LOCAL_BYTES
 
 
 @contextmanager
@@ -70,8 +77,11 @@ def launches() -> Iterator[list[Launch]]:
 def compile_for(launch: Launch, capability: int) -> Usage:
     """What the machine code of the launch for sm_`capability` uses."""
     cubin, shared_bytes = machine_code(launch, capability)
-    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _dump(cubin, "--dump-resource-usage"))}
-    return Usage(used["REG"], used["STACK"] + used["LOCAL"], shared_bytes)
+    report = _cuobjdump(cubin, "--dump-resource-usage")
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    loops = innermost_loops(_read(cubin, triton.knobs.nvidia.nvdisasm.path, "--print-code"))
+    spills = sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for loop in loops for line in loop)
+    return Usage(used["REG"], used["STACK"] + used["LOCAL"], spills, shared_bytes)
 
 
 def machine_code(launch: Launch, capability: int) -> tuple[bytes, int]:
@@ -103,7 +113,7 @@ def loop_instructions(cubin: bytes) -> list[str]:
     """The instructions on the shortest way around the loop that multiplies matrices: what every turn costs at least."""
     code = {
         int(address, 16): text
-        for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", _dump(cubin, "-sass"), re.MULTILINE)
+        for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", _cuobjdump(cubin, "-sass"), re.MULTILINE)
     }
     addresses = sorted(code)
     after = dict(pairwise(addresses))
@@ -127,9 +137,27 @@ def loop_instructions(cubin: bytes) -> list[str]:
     return [code[at] for at in reversed(way)]
 
 
-def _dump(cubin: bytes, what: str) -> str:
+def innermost_loops(code: str) -> Iterator[list[str]]:
+    """Lines of disassembly from a label to a jump back to it with no such jump in between."""
+    lines = code.splitlines()
+    labels: dict[str, int] = {}
+    last_end = -1
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = number
+        elif (jump := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
+            begin = labels[jump[1]]
+            if begin > last_end and number - begin > 4:  # the program's last line is a jump to itself
+                yield lines[begin:number]
+            last_end = number
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
+    return _read(cubin, triton.knobs.nvidia.cuobjdump.path, what)
+
+
+def _read(cubin: bytes, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout

@@ -30,7 +30,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of the local kernels, T queries by S keys, and launch options: the best found without register spills.
+    """Tile sizes of the local kernels, T queries by S keys, and launch options: the best found without spills in a loop.
 
     Two blocks for each multiprocessor, where they fit, are worth more than a larger tile: one computes exponentials
     while the other multiplies matrices.
@@ -48,36 +48,53 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def local_tiles(dtype: torch.dtype, head_dim: int, hopper: bool) -> Tiles:
-    """Of the forward kernel. `hopper`: products read their operands from shared memory, which leaves more registers."""
-    if dtype == torch.float32:
-        return Tiles(32, 32) if head_dim <= 64 else Tiles(16, 16)
-    if head_dim <= 64:
-        return Tiles(128, 64, num_warps=8, maxnreg=128 if hopper else None)
-    if head_dim <= 128:
-        return Tiles(128, 64, num_warps=8) if hopper else Tiles(64, 64, num_stages=2)
+def _hopper(query: Tensor) -> bool:
+    """Matrix products read their operands from shared memory, which leaves more registers for the rest."""
+    return capability(query.device) >= (9, 0)
+
+
+def local_tiles(query: Tensor) -> Tiles:
+    """Of the forward kernel."""
+    D = query.shape[-1]
+    if query.dtype == torch.float32:
+        return Tiles(32, 32) if D <= 64 else Tiles(16, 16)
+    if D <= 64:
+        return Tiles(128, 64, num_warps=8, maxnreg=128 if _hopper(query) else None)
+    if D <= 128:
+        return Tiles(128, 64, num_warps=8) if _hopper(query) else Tiles(64, 64, num_stages=2)
     return Tiles(64, 32, num_warps=8, num_stages=2)
 
 
-def query_grad_tiles(dtype: torch.dtype, head_dim: int, hopper: bool) -> Tiles:
-    if dtype == torch.float32:
-        return Tiles(32, 32, num_warps=8) if head_dim <= 64 else Tiles(16, 16, num_warps=8, num_stages=1)
-    if head_dim <= 64:
+def query_grad_tiles(query: Tensor) -> Tiles:
+    D = query.shape[-1]
+    if query.dtype == torch.float32:
+        return Tiles(32, 32, num_warps=8) if D <= 64 else Tiles(16, 16, num_warps=8, num_stages=1)
+    if D <= 64:
         return Tiles(64, 64)
-    if head_dim <= 128:
-        return Tiles(128 if hopper else 64, 64, num_warps=8, num_stages=2)
+    if D <= 128:
+        return Tiles(128 if _hopper(query) else 64, 64, num_warps=8, num_stages=2)
     return Tiles(32, 32, num_warps=8, num_stages=2)
 
 
-def key_value_grad_tiles(dtype: torch.dtype, head_dim: int, hopper: bool, dropout: bool) -> Tiles:
+def key_value_grad_tiles(query: Tensor, dropout: bool) -> Tiles:
     """`dropout` needs the weights twice, whole and thinned."""
-    if dtype == torch.float32:
-        return Tiles(32, 32, num_warps=8) if head_dim <= 64 else Tiles(16, 16, num_warps=8, num_stages=1)
-    if head_dim <= 64:
-        return Tiles(64 if hopper and not dropout else 32, 128, num_warps=8)
-    if head_dim <= 128:
-        return Tiles(32, 128 if hopper and not dropout else 64, num_warps=8, num_stages=2)
+    D, roomy = query.shape[-1], _hopper(query) and not dropout
+    if query.dtype == torch.float32:
+        return Tiles(32, 32, num_warps=8, num_stages=1) if D <= 64 else Tiles(16, 16, num_warps=8, num_stages=2)
+    if D <= 64:
+        return Tiles(64, 128, num_warps=8) if roomy else Tiles(32, 128, num_warps=8, num_stages=2)
+    if D <= 128:
+        return Tiles(32, 128, num_warps=8, num_stages=2) if roomy else Tiles(32, 32, num_stages=2)
     return Tiles(32, 32, num_warps=8, num_stages=2)
+
+
+def decode_tiles(query: Tensor, group: int) -> Tiles:
+    """Of the kernel for few queries: BT rows are queries of all `group` heads that share keys."""
+    T, D = query.shape[-2:]
+    if query.dtype == torch.float32:
+        return Tiles(16, 32) if D <= 64 else Tiles(16, 16, num_warps=4 if D <= 128 else 8)
+    BT = min(64 if D <= 64 else 32, max(16, triton.next_power_of_2(group * T)))  # tl.dot needs 16
+    return Tiles(BT, 64) if D <= 128 else Tiles(16, 32)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from longmem_kernels.memory_attention._triton_common import (
     alibi_rows,
     alibi_slope,
     bank_of,
-    capability,
     drop_threshold,
     dropout_rows,
     fusion_share,
@@ -392,7 +391,6 @@ def memory_attention_backward(
     local_rows, memory_rows = (tuple(torch.empty_like(gate_grad) for _ in range(2)) for _ in range(2))
     bank = bank_of(memory_key, memory_value, K * C)
     BD = bank.options["BD"]
-    hopper = capability(query.device) >= (9, 0)
     grad_strides = grad.stride()[:3]
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
     local = (
@@ -410,12 +408,12 @@ def memory_attention_backward(
             memory_query_grad, *grad_strides, *memory_query.stride()[:3], *bank.strides,
             *chunk_ids.stride(), B, H, G, T, R, M, scale, K=K, **bank.options, num_warps=1,
         )  # fmt: skip
-        tiles = query_grad_tiles(query.dtype, D, hopper)
+        tiles = query_grad_tiles(query)
         memory_attention_query_grad_kernel[(triton.cdiv(T, tiles.BT) * H * B,)](
             grad, query, key, value, alibi_slopes, key_mask, dropout_seed, *local_rows, query_grad,
             *local, CAUSAL=causal, D=D, BD=BD, **vars(tiles),
         )  # fmt: skip
-        tiles = key_value_grad_tiles(query.dtype, D, hopper, dropout_seed is not None)
+        tiles = key_value_grad_tiles(query, dropout_seed is not None)
         memory_attention_key_value_grad_kernel[(triton.cdiv(S, tiles.BS) * G * B,)](
             grad, query, key, value, alibi_slopes, key_mask, dropout_seed, *local_rows,
             key_grad, value_grad, *local, GROUP=H // G, CAUSAL=causal, D=D, BD=BD, **vars(tiles),

@@ -18,10 +18,10 @@ from longmem_kernels.memory_attention._triton_common import (
     LN2,
     LOG2E,
     Bank,
-    Tiles,
     alibi_slope,
     attend,
     attend_tokens,
+    decode_tiles,
     drop_threshold,
     dropout_rows,
     finish,
@@ -39,14 +39,6 @@ MERGED = 16  # parts that the merging kernel adds at once
 def few_queries(T: int) -> bool:
     """Whether a call is for the kernels here: whatever else it asks for, they can do it."""
     return T <= DECODE_QUERIES
-
-
-def decode_tiles(rows: int, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """BT rows, which are queries of all heads that share keys, by BS keys."""
-    if dtype == torch.float32:
-        return Tiles(16, 32) if head_dim <= 64 else Tiles(16, 16)
-    BT = min(64 if head_dim <= 64 else 32, max(16, triton.next_power_of_2(rows)))  # tl.dot needs 16
-    return Tiles(BT, 64) if head_dim <= 128 else Tiles(16, 32)
 
 
 @triton.jit
@@ -251,7 +243,7 @@ def decode_forward(
     G, S = key.shape[1:3]
     R, _, M, C, _ = bank.key.shape
     K = chunk_ids.shape[3]
-    tiles = decode_tiles(H // G * T, query.dtype, D)
+    tiles = decode_tiles(query, H // G)
     blocks = B * G * triton.cdiv(H // G * T, tiles.BT)
     first_key = 0 if window is None else max(0, S - T - window + 1) // tiles.BS * tiles.BS
     keys_per_part, local_parts = parts_of(S - first_key, tiles.BS, blocks)
