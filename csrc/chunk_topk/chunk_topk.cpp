@@ -5,8 +5,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "common/scalar.h"
 #include "common/simd.h"
@@ -17,17 +20,67 @@ namespace {
 using torch::stable::Tensor;
 constexpr const char* kOp = "chunk_topk";
 
-void run_task(const ChunkTopkParams& p, int64_t task) {
+using Task = void (*)(const ChunkTopkParams&, int64_t);
+
+// The task function for many or few queries.
+Task task_for(bool few) {
   switch (simd_level()) {
 #if defined(__x86_64__)
     case Simd::avx512:
-      return avx512::chunk_topk_task(p, task);
+      return few ? avx512::chunk_topk_few_task : avx512::chunk_topk_task;
     case Simd::avx2:
-      return avx2::chunk_topk_task(p, task);
+      return few ? avx2::chunk_topk_few_task : avx2::chunk_topk_task;
 #endif
     default:
-      return baseline::chunk_topk_task(p, task);
+      return few ? baseline::chunk_topk_few_task : baseline::chunk_topk_task;
   }
+}
+
+void run(const ChunkTopkParams& p, int64_t tasks, Task task) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) task(p, i);
+  });
+}
+
+// Whether `a` comes before `b`, from lower slots: numbers in descending order, then NaN.
+bool before_or_equal(float a, float b) { return a >= b || b != b; }
+
+// The K best of what the splits found for each query; equal ones of a lower split first.
+void merge_splits(const ChunkTopkParams& p) {
+  const int64_t queries = p.H / p.G * p.T;
+  std::vector<int64_t> next(p.splits);  // per split, the first winner that is not taken
+  for (int64_t n = 0; n < p.B * p.G * queries; ++n) {
+    const int64_t first = (n / queries * p.splits * queries + n % queries) * p.K;
+    const int64_t stride = queries * p.K;
+    std::fill(next.begin(), next.end(), 0);
+    for (int64_t i = 0; i < p.K; ++i) {
+      int64_t best = -1, best_at = 0;
+      for (int64_t split = 0; split < p.splits; ++split) {
+        const int64_t at = first + split * stride + next[split];
+        if (next[split] == p.K || p.split_ids[at] < 0) continue;
+        if (best < 0 || !before_or_equal(p.split_scores[best_at], p.split_scores[at])) {
+          best = split;
+          best_at = at;
+        }
+      }
+      p.ids[n * p.K + i] = best < 0 ? -1 : p.split_ids[best_at];
+      p.scores[n * p.K + i] = best < 0 ? -std::numeric_limits<float>::infinity() : p.split_scores[best_at];
+      if (best >= 0) ++next[best];
+    }
+  }
+}
+
+void run_few(ChunkTopkParams p) {
+  const int64_t queries = p.H / p.G * p.T;
+  const int64_t most = *std::max_element(p.count, p.count + p.R);
+  p.splits = std::max<int64_t>(1, (most + kSplitSlots - 1) / kSplitSlots);
+  const int64_t tasks = p.B * p.G * p.splits;
+  std::vector<int32_t> ids(tasks * queries * p.K);
+  std::vector<float> scores(tasks * queries * p.K);
+  p.split_ids = ids.data();
+  p.split_scores = scores.data();
+  run(p, tasks, task_for(true));
+  merge_splits(p);
 }
 
 std::tuple<Tensor, Tensor> run_cpu(Tensor query, Tensor centroid, Tensor count,
@@ -58,9 +111,11 @@ std::tuple<Tensor, Tensor> run_cpu(Tensor query, Tensor centroid, Tensor count,
     STD_TORCH_CHECK(p.count[ring] >= 0 && p.count[ring] <= p.M, kOp, ": count must lie in [0, ", p.M,
                     "], got ", p.count[ring]);
   }
-  torch::stable::parallel_for(0, p.B * p.G * chunk_topk_blocks(p), 1, [&](int64_t from, int64_t to) {
-    for (int64_t task = from; task < to; ++task) run_task(p, task);
-  });
+  if (p.H / p.G * p.T <= kFewQueries) {
+    run_few(p);
+  } else {
+    run(p, p.B * p.G * chunk_topk_blocks(p), task_for(false));
+  }
   return {ids, scores};
 }
 

@@ -20,7 +20,17 @@ struct ChunkTopkParams {
   int64_t B, H, T, D, R, G, M, K;
   int64_t query_stride[3], centroid_stride[3];
   Scalar query_type, centroid_type;
+
+  // Few queries only: the winners of each task, ids and scores [B, G, splits, H/G, T, K].
+  int32_t* split_ids;
+  float* split_scores;
+  int64_t splits;
 };
+
+// Up to so many queries per head of memory, memory is what takes time: tasks share the slots instead of the
+// queries. How many slots a task has depends on nothing, so that results do not depend on the threads.
+constexpr int64_t kFewQueries = 8;
+constexpr int64_t kSplitSlots = 2048;
 
 // Queries one task searches for: as many as share one pass over a tile of centroids.
 constexpr int64_t kTaskQueries = 128;
@@ -30,15 +40,19 @@ static inline int64_t chunk_topk_blocks(const ChunkTopkParams& p) {
   return (p.H / p.G * p.T + kTaskQueries - 1) / kTaskQueries;
 }
 
-// One task at one instruction set; the right one is chosen at run time.
+// One task at one instruction set; the right one is chosen at run time. Few tasks are numbered
+// (b * G + g) * splits + split.
 namespace baseline {
 void chunk_topk_task(const ChunkTopkParams& p, int64_t task);
-}
+void chunk_topk_few_task(const ChunkTopkParams& p, int64_t task);
+}  // namespace baseline
 namespace avx2 {
 void chunk_topk_task(const ChunkTopkParams& p, int64_t task);
-}
+void chunk_topk_few_task(const ChunkTopkParams& p, int64_t task);
+}  // namespace avx2
 namespace avx512 {
 void chunk_topk_task(const ChunkTopkParams& p, int64_t task);
-}
+void chunk_topk_few_task(const ChunkTopkParams& p, int64_t task);
+}  // namespace avx512
 
 }  // namespace longmem

@@ -5,42 +5,13 @@
 // is compared with the K-th best of its queries, and only what is better leaves the registers: the scores are
 // never stored.
 
-#include "chunk_topk/chunk_topk.h"
-#include "common/simd_task.h"
+#include "chunk_topk/chunk_topk_few.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {
 namespace {
 
 constexpr int64_t kTile = 128;  // centroids kept in the first-level cache
-
-// The K best of each query so far, in descending order.
-struct Winners {
-  int64_t K;
-  Buffer<float> threshold;  // [kTaskQueries] K-th best score; lanes without a query stay at +inf
-  Buffer<float> score;      // [kTaskQueries, K]
-  Buffer<int32_t> slot;     // [kTaskQueries, K]
-  Buffer<int32_t> found;    // [kTaskQueries]
-
-  Winners(int64_t k, int64_t queries)
-      : K(k), threshold(kTaskQueries), score(kTaskQueries * k), slot(kTaskQueries * k), found(kTaskQueries) {
-    for (int64_t q = 0; q < kTaskQueries; ++q) threshold[q] = q < queries ? -kInfinity : kInfinity;
-  }
-
-  // `s` is above the threshold. Slots come in ascending order, so an equal score already present stays ahead.
-  void insert(int64_t q, float s, int32_t m) {
-    float* scores = score + q * K;
-    int32_t* slots = slot + q * K;
-    int64_t i = found[q] < K ? found[q]++ : K - 1;
-    for (; i > 0 && scores[i - 1] < s; --i) {
-      scores[i] = scores[i - 1];
-      slots[i] = slots[i - 1];
-    }
-    scores[i] = s;
-    slots[i] = m;
-    if (found[q] == K) threshold[q] = scores[K - 1];
-  }
-};
 
 // Scores `n` centroids [n, D] against kQueries queries [D, kQueries].
 template <int n>
@@ -77,16 +48,13 @@ class Task {
         count_(p.count[ring_]),
         first_(task % chunk_topk_blocks(p) * kTaskQueries),
         queries_(smaller(kTaskQueries, group_ * p.T - first_)),
-        few_(queries_ <= kLanes / 4),
         query_(kTaskQueries * p.D),
         tile_(kTile * p.D),
-        winners_(p.K, queries_) {}
+        winners_(p.K, queries_, kTaskQueries) {}
 
   void run() {
     pack_queries();
-    for (int64_t m = 0; m < count_; m += kTile) {
-      few_ ? score_few(load_tile(m)) : score_tile(load_tile(m));
-    }
+    for (int64_t m = 0; m < count_; m += kTile) score_tile(load_tile(m));
     for (int64_t q = 0; q < queries_; ++q) {
       for (int nan = 0; nan < 2 && winners_.found[q] < smaller(p_.K, count_); ++nan)
         add_exceptional(q, nan != 0);
@@ -99,17 +67,12 @@ class Task {
   int64_t head_of(int64_t n) const { return head_ * group_ + (first_ + n) / p_.T; }
   int64_t token_of(int64_t n) const { return (first_ + n) % p_.T; }
 
-  // [blocks, D, kQueries], so that one load gives a feature of kLanes queries. A few queries would leave most
-  // lanes empty: they stay rows [queries, D], with the features across the lanes.
+  // [blocks, D, kQueries], so that one load gives a feature of kLanes queries.
   void pack_queries() {
     const Buffer<float> row(p_.D);
     for (int64_t n = 0; n < queries_; ++n) {
       const int64_t at =
           row_ * p_.query_stride[0] + head_of(n) * p_.query_stride[1] + token_of(n) * p_.query_stride[2];
-      if (few_) {
-        load_row(p_.query, p_.query_type, at, p_.D, query_ + n * p_.D);
-        continue;
-      }
       load_row(p_.query, p_.query_type, at, p_.D, row);
       float* block = block_of(n);
       for (int64_t d = 0; d < p_.D; ++d) block[d * kQueries] = row[d];
@@ -145,18 +108,8 @@ class Task {
     }
   }
 
-  void score_few(const Tile& tile) {
-    for (int64_t q = 0; q < queries_; ++q) {
-      for (int64_t i = 0; i < tile.n; ++i) {
-        const float s = score(q, tile.data + i * tile.stride);
-        if (s > winners_.threshold[q]) winners_.insert(q, s, static_cast<int32_t>(tile.first + i));
-      }
-    }
-  }
-
   // One score, summed as the fast paths sum it.
   float score(int64_t q, const float* centroid) const {
-    if (few_) return dot(query_ + q * p_.D, centroid, p_.D);
     const float* query = block_of(q);
     float s = 0.0f;
     for (int64_t d = 0; d < p_.D; ++d) s += query[d * kQueries] * centroid[d];
@@ -171,9 +124,7 @@ class Task {
       for (int64_t i = 0; i < tile.n && winners_.found[q] < p_.K; ++i) {
         const float s = score(q, tile.data + i * tile.stride);
         if (nan ? s == s : s != -kInfinity) continue;
-        const int64_t at = q * p_.K + winners_.found[q]++;
-        winners_.score[at] = s;
-        winners_.slot[at] = static_cast<int32_t>(m + i);
+        winners_.append(q, s, static_cast<int32_t>(m + i));
       }
     }
   }
@@ -181,17 +132,12 @@ class Task {
   void write() const {
     for (int64_t n = 0; n < queries_; ++n) {
       const int64_t to = ((row_ * p_.H + head_of(n)) * p_.T + token_of(n)) * p_.K;
-      for (int64_t i = 0; i < p_.K; ++i) {
-        const bool there = i < winners_.found[n];
-        p_.ids[to + i] = there ? winners_.slot[n * p_.K + i] : -1;
-        p_.scores[to + i] = there ? winners_.score[n * p_.K + i] : -kInfinity;
-      }
+      winners_.write(n, p_.ids + to, p_.scores + to);
     }
   }
 
   const ChunkTopkParams& p_;
   const int64_t group_, row_, head_, ring_, count_, first_, queries_;
-  const bool few_;
   Buffer<float> query_, tile_;
   Winners winners_;
 };
