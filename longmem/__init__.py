@@ -6,6 +6,7 @@ from .backbones import Backbone, PaperGPTConfig, huggingface_backbone, paper_gpt
 from .config import LongMemConfig
 from .memory import MemoryBank
 from .model import LongMem, Output
+from .sharded import ShardedMemoryBank
 
 __all__ = [
     "Backbone",
@@ -14,6 +15,7 @@ __all__ = [
     "MemoryBank",
     "Output",
     "PaperGPTConfig",
+    "ShardedMemoryBank",
     "__version__",
     "huggingface_backbone",
     "paper_gpt",

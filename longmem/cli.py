@@ -31,7 +31,9 @@ from .model import LongMem
 from .quickstart import run_quickstart
 from .states import StateCache, encode_now
 from .tasks.recall import QUICK, RecallConfig
-from .training.trainer import TrainConfig, Trainer
+from .training.config import TrainConfig
+from .training.processes import process_group, quiet
+from .training.trainer import Trainer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A frozen language model with a long-term memory.")
 
@@ -61,13 +63,31 @@ def train(
     chunks_per_query: Annotated[int, typer.Option(help="Chunks retrieved per token and head.")] = 16,
     memory_tokens: Annotated[int, typer.Option(help="Capacity of a row's memory.")] = 16_384,
     segment: Annotated[int, typer.Option(help="Tokens encoded at once: the local context.")] = 256,
+    scope: Annotated[str, typer.Option(help="row: each document its own memory. shared: one for all rows.")] = "row",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = TrainConfig.steps,
-    rows: Annotated[int, typer.Option(help="Documents side by side.")] = TrainConfig.rows,
+    rows: Annotated[int, typer.Option(help="Documents side by side, per process.")] = TrainConfig.rows,
+    accumulate: Annotated[int, typer.Option(help="Segments per row and optimiser step.")] = TrainConfig.accumulate,
     learning_rate: float = TrainConfig.learning_rate,
     warmup: int = TrainConfig.warmup,
     clip: float = TrainConfig.clip,
     weight_decay: float = TrainConfig.weight_decay,
-    save_every: int = TrainConfig.save_every,
+    usage_weight: Annotated[
+        float, typer.Option(help="Of the penalty on heads that attend to memory less than --usage-target.")
+    ] = TrainConfig.usage_weight,
+    usage_target: Annotated[float, typer.Option(help="Share of attention, in (0, 1).")] = TrainConfig.usage_target,
+    reset: Annotated[str, typer.Option(help="Empty memory at the next document, or never.")] = TrainConfig.reset,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = TrainConfig.save_every,
+    checkpoint_activations: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="Less memory: compute layers again in the backward pass.")
+    ] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile layers that read no memory.")] = False,
+    parallel: Annotated[
+        str, typer.Option(help="Under torchrun: ddp, or fsdp (weights in pieces).")
+    ] = TrainConfig.parallel,
+    shard_memory: Annotated[
+        bool, typer.Option("--shard-memory", help="Under torchrun: one memory in pieces over all processes.")
+    ] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log there too, in OUT/tensorboard.")] = False,
     seed: int = TrainConfig.seed,
     document_tokens: Annotated[int | None, typer.Option(help="Cut documents after this many tokens.")] = None,
     cache_states: Annotated[
@@ -76,40 +96,56 @@ def train(
     precision: Precision = "auto",
     device: Device = "auto",
 ) -> None:
-    """Train a memory around a frozen language model, on documents read in order."""
-    torch.manual_seed(seed)
-    frozen, tokenizer = load_backbone(backbone, choose_device(device))
-    model = LongMem(
-        frozen,
-        LongMemConfig(
-            memory_layers=tuple(sorted(memory_layers)) if memory_layers else default_memory_layers(frozen),
-            sidenet=sidenet,
-            trainable=trainable,
-            reduction=reduction,
-            fusion=fusion,
-            chunk_size=chunk_size,
-            chunks_per_query=chunks_per_query,
-            memory_tokens=memory_tokens,
-            segment=segment,
-        ),
-    )
+    """Train a memory around a frozen language model, on documents read in order.
+
+    In several processes: torchrun --nproc-per-node N -m longmem.cli train ...
+    """
     config = TrainConfig(
         steps=steps,
         rows=rows,
+        accumulate=accumulate,
         learning_rate=learning_rate,
         warmup=warmup,
         clip=clip,
         weight_decay=weight_decay,
+        usage_weight=usage_weight,
+        usage_target=usage_target,
+        reset=reset,
         save_every=save_every,
         precision=precision,
+        checkpoint_activations=checkpoint_activations,
+        compile=compile,
+        parallel=parallel,
+        shard_memory=shard_memory,
         seed=seed,
     )
-    documents = load_documents(data, "train", tokenizer, min_tokens=segment + 1, cut=document_tokens)
-    announce(model, precision)
-    states = StateCache(model, documents, out / "states", precision=precision) if cache_states else encode_now(model)
-    stream = SegmentStream(documents, rows=rows, segment=segment, seed=seed, repeat=True)
-    train_with_bar(Trainer(model, stream, states, config, out))
-    typer.echo(f"saved {out}/longmem.safetensors; metrics in {out}/metrics.jsonl")
+    target = choose_device(device)
+    with process_group(target) as processes, quiet(not processes.first):
+        torch.manual_seed(seed)
+        frozen, tokenizer = load_backbone(backbone, target)
+        model = LongMem(
+            frozen,
+            LongMemConfig(
+                memory_layers=tuple(sorted(memory_layers)) if memory_layers else default_memory_layers(frozen),
+                sidenet=sidenet,
+                trainable=trainable,
+                reduction=reduction,
+                fusion=fusion,
+                chunk_size=chunk_size,
+                chunks_per_query=chunks_per_query,
+                memory_tokens=memory_tokens,
+                segment=segment,
+                scope=scope,
+            ),
+        )
+        documents = processes.share_of(
+            load_documents(data, "train", tokenizer, min_tokens=segment + 1, cut=document_tokens)
+        )
+        announce(model, precision)
+        cache = StateCache(model, documents, out / "states", precision=precision) if cache_states else None
+        stream = SegmentStream(documents, rows=rows, segment=segment, seed=seed, repeat=True)
+        train_with_bar(Trainer(model, stream, cache or encode_now(model), config, out, tensorboard=tensorboard))
+        typer.echo(f"saved {out}/longmem.safetensors; metrics in {out}/metrics.jsonl")
 
 
 @app.command("probe-layers")

@@ -13,7 +13,7 @@ from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
 from .files import load_tensors, save_tensors
 
 SCOPES = ("row", "shared")
-_KIND = "longmem memory"
+KIND = "longmem memory"
 _PARTS = ("store", "centroid", "tail", "cursor")
 
 
@@ -93,16 +93,24 @@ class MemoryBank:
         Raises:
             ValueError: a shared memory cannot forget some rows only.
         """
+        if rows is not None:
+            self._check_rows(rows)
         if rows is None or self.scope == "row":
-            if rows is not None and (rows.shape != (self.rows,) or rows.dtype != torch.bool):
-                raise ValueError(
-                    f"MemoryBank.reset: rows must be bool of shape ({self.rows},), got {rows.dtype} {tuple(rows.shape)}"
-                )
             self.ring.reset(rows)
-        elif bool(rows.all()):
+        elif self._all_or_none(rows):
             self.ring.reset()
-        elif bool(rows.any()):
+
+    def _check_rows(self, rows: Tensor) -> None:
+        if rows.shape != (self.rows,) or rows.dtype != torch.bool:
+            raise ValueError(
+                f"MemoryBank.reset: rows must be bool of shape ({self.rows},), got {rows.dtype} {tuple(rows.shape)}"
+            )
+
+    def _all_or_none(self, rows: Tensor) -> bool:
+        """Whether a shared memory is to forget everything."""
+        if bool(rows.any()) and not bool(rows.all()):
             raise ValueError('MemoryBank.reset: with scope="shared" all rows are one memory; reset all or none')
+        return bool(rows.all())
 
     def write(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
         """Append key, value [B, L * G, T, D], layer by layer; tokens where `mask` [B, T] bool is False are left out.
@@ -110,6 +118,11 @@ class MemoryBank:
         Raises:
             ValueError: an argument does not fit, said now although the write takes effect later.
         """
+        self._check_write(key, value, mask)
+        _ = self.ring  # an earlier write comes first
+        self._pending = (key.detach(), value.detach(), mask)
+
+    def _check_write(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         wanted = (self.rows, self._ring.kv_heads, key.shape[-2], self._ring.head_dim)
         if key.shape != wanted or value.shape != wanted:
             raise ValueError(
@@ -126,8 +139,6 @@ class MemoryBank:
                 f"MemoryBank.write: mask must be bool of shape {(self.rows, key.shape[2])}, got {mask.dtype}"
                 f" {tuple(mask.shape)}"
             )
-        _ = self.ring  # an earlier write comes first
-        self._pending = (key.detach(), value.detach(), mask)
 
     def retrieve(self, query: Tensor, k: int, *, layer: int = 0) -> tuple[Tensor, Tensor]:
         """The k best chunks for query [B, H, T, D] among those of memory layer `layer`, 0 to L - 1.
@@ -141,7 +152,7 @@ class MemoryBank:
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, chunk_ids: Tensor, *, layer: int = 0, **options: Any
-    ) -> Tensor:
+    ) -> Any:
         """`memory_attention` over memory layer `layer`."""
         heads = self._heads(layer)
         memory_key, memory_value = self.ring.key[:, heads], self.ring.value[:, heads]
@@ -159,18 +170,24 @@ class MemoryBank:
         fill: share of the capacity in use. tokens: tokens searchable per ring, on average. Of the last retrieval:
         full_k: share of queries that found all k chunks; age: mean age of the chunks found, in tokens.
         """
-        ring = self.ring
-        count = ring.count().double()
-        stats = {"fill": float(count.mean() / ring.chunks), "tokens": float(count.mean() * ring.chunk_size)}
+        _ = self.ring
+        cursor, chunks = self._progress()
+        size = self._ring.chunk_size
+        count = (cursor // size).clamp(max=chunks).double()
+        stats = {"fill": float(count.mean() / chunks), "tokens": float(count.mean() * size)}
         if not self._last_ids:
             return stats
         ids = torch.cat(list(self._last_ids.values()), 1).long()
         found = ids >= 0
         stats["full_k"] = float(found.all(-1).double().mean()) if found.numel() else 0.0
-        newest = (ring.cursor // ring.chunk_size - 1)[:, None, None, None]  # chunk number, per ring
-        age = (newest - ids).remainder(ring.chunks)[found]
-        stats["age"] = float(age.double().mean() * ring.chunk_size) if age.numel() else 0.0
+        newest = (cursor // size - 1)[:, None, None, None]  # chunk number, per ring
+        age = (newest - ids).remainder(chunks)[found]
+        stats["age"] = float(age.double().mean() * size) if age.numel() else 0.0
         return stats
+
+    def _progress(self) -> tuple[Tensor, int]:
+        """Tokens ever written to the rings that these rows use, int64, and the chunks that one holds."""
+        return self._ring.cursor, self._ring.chunks
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self.ring, name).clone() for name in _PARTS}
@@ -189,7 +206,10 @@ class MemoryBank:
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a safetensors file, atomically."""
-        about = {
+        save_tensors(path, self.state_dict(), KIND, self._about())
+
+    def _about(self) -> dict[str, Any]:
+        return {
             "fingerprint": self.fingerprint,
             "scope": self.scope,
             "rows": self.rows,
@@ -197,7 +217,6 @@ class MemoryBank:
             "tokens": self._ring.chunks * self._ring.chunk_size,
             "chunk_size": self._ring.chunk_size,
         }
-        save_tensors(path, self.state_dict(), _KIND, about)
 
     @classmethod
     def load(cls, path: str | Path, fingerprint: str, device: torch.device | str = "cpu") -> MemoryBank:
@@ -206,12 +225,8 @@ class MemoryBank:
         Raises:
             ValueError: the file is no memory, or was made by another backbone or layer than `fingerprint` says.
         """
-        state, about = load_tensors(path, _KIND, device)
-        if about["fingerprint"] != fingerprint:
-            raise ValueError(
-                f"MemoryBank.load: {path} was written by another model: its backbone and layer are"
-                f" {about['fingerprint'] or 'unnamed'}, wanted {fingerprint}"
-            )
+        state, about = load_tensors(path, KIND, device)
+        cls._check_fingerprint(path, about, fingerprint)
         _, heads, _, _, _, head_dim = state["store"].shape
         bank = cls(
             rows=about["rows"],
@@ -227,3 +242,11 @@ class MemoryBank:
         )
         bank.load_state_dict(state)
         return bank
+
+    @staticmethod
+    def _check_fingerprint(path: str | Path, about: dict[str, Any], fingerprint: str) -> None:
+        if about["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"MemoryBank.load: {path} was written by another model: its backbone and layer are"
+                f" {about['fingerprint'] or 'unnamed'}, wanted {fingerprint}"
+            )

@@ -17,6 +17,7 @@ from .data.stream import IGNORE
 from .files import load_tensors, save_tensors
 from .generation import Sampler, Stop, decode
 from .memory import MemoryBank
+from .sharded import ShardedMemoryBank
 from .sidenet import SideNet
 
 _KIND, _WEIGHTS = "longmem model", "longmem.safetensors"
@@ -90,12 +91,14 @@ class LongMem(nn.Module):
         targets: Tensor | None = None,
         mask: Tensor | None = None,
         write: bool = True,
+        shares: list[Tensor] | None = None,
     ) -> Output:
-        """`forward` from the backbone's states on: training over cached states starts here."""
+        """`forward` from the backbone's states on: training over cached states starts here. `shares`: see
+        `SideNet.forward`."""
         if targets is not None and targets.shape != (states.key.shape[0], states.key.shape[2]):
             wanted = (states.key.shape[0], states.key.shape[2])
             raise ValueError(f"LongMem: targets must have the shape of tokens, {wanted}, got {tuple(targets.shape)}")
-        logits = self.logits(self.sidenet(states, memory))
+        logits = self.logits(self.sidenet(states, memory, shares=shares))
         loss = None
         if targets is not None:
             # In float32, and defined (zero) when every target is ignored.
@@ -125,10 +128,14 @@ class LongMem(nn.Module):
             return self.backbone.logits(hidden)
         return self.backbone.head(self.sidenet.norm(hidden))
 
-    def new_memory(self, rows: int, tokens: int | None = None, dtype: torch.dtype | None = None) -> MemoryBank:
-        """An empty memory for `rows` batch rows; `tokens` overrides `config.memory_tokens`, `dtype` the backbone's."""
+    def new_memory(
+        self, rows: int, tokens: int | None = None, dtype: torch.dtype | None = None, *, sharded: bool = False
+    ) -> MemoryBank:
+        """An empty memory for `rows` batch rows; `tokens` overrides `config.memory_tokens`, `dtype` the backbone's.
+        `sharded` over all processes of torch.distributed: see `ShardedMemoryBank`."""
         layer = self.backbone.layer(self.config.memory_layers[0])
-        return MemoryBank(
+        kind = ShardedMemoryBank if sharded else MemoryBank
+        return kind(
             rows=rows,
             layers=len(self.config.memory_layers),
             kv_heads=layer.kv_heads,
@@ -192,11 +199,12 @@ class LongMem(nn.Module):
         sampler = Sampler(temperature, top_p, repetition_penalty, generator, logits_processor)
         return decode(self, tokens, memory, mask, max_new_tokens, sampler, Stop.at(eos, pad, stopping_criteria))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and longmem.safetensors (SideNet only; the backbone is named, not copied)."""
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write config.json and longmem.safetensors (SideNet only; the backbone is named, not copied). `weights`: its
+        `state_dict`, where the parameters themselves are in pieces (FSDP)."""
         about = {"config": self.config.to_dict(), "backbone": self.backbone.name, "fingerprint": self.fingerprint}
         folder = Path(folder)
-        weights = {name: tensor.detach().cpu() for name, tensor in self.sidenet.state_dict().items()}
+        weights = {name: tensor.detach().cpu() for name, tensor in (weights or self.sidenet.state_dict()).items()}
         save_tensors(folder / _WEIGHTS, weights, _KIND, about)
         (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 

@@ -24,7 +24,8 @@ from .console import (
 from .data.stream import SegmentStream
 from .model import LongMem
 from .states import StateCache
-from .training.trainer import TrainConfig, Trainer
+from .training.config import TrainConfig
+from .training.trainer import Trainer
 
 HELD_OUT = 3
 SCORE_FROM, EVALUATED = 8_192, 12_288

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .backbones.base import Backbone, States
 from .backbones.layers import DecoderLayer, LayerCache, Positions, merge_heads, split_heads
@@ -47,8 +49,10 @@ class MemoryRead(nn.Module):
         value: Tensor,
         layer: DecoderLayer,
         positions: Positions,
+        on_share: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """normed [B, T, E], query [B, H, T, D], key and value [B, G, S, D] -> [B, T, E]."""
+        """normed [B, T, E], query [B, H, T, D], key and value [B, G, S, D] -> [B, T, E]. `on_share` is told how much of
+        the attention went to memory, [B, H, T]."""
         output = layer.output if self.output is None else self.output  # the layer applies its own norm, if any, to it
         if memory is None:
             return output(merge_heads(layer.local_attention(query, key, value, positions)))
@@ -71,7 +75,11 @@ class MemoryRead(nn.Module):
             alibi_slopes=layer.slopes,
             window=layer.window,
             key_mask=positions.key_mask,
+            return_memory_share=on_share is not None,
         )
+        if on_share is not None:
+            fused, share = fused
+            on_share(share)
         return output(merge_heads(fused))
 
 
@@ -81,7 +89,11 @@ class SideNet(nn.Module):
     With `sidenet="none"` they are the backbone's own layers from the first memory layer up, frozen and not copied.
     Otherwise layer i copies a backbone layer, the first starts from the embedding, and cross-network residuals join
     them to the backbone: `x <- layer(x) + (H[b] - H[a])` with the depths (a, b) of `jumps[i]` (LongMem, section 2.2).
+
+    With `checkpointing`, the activations of layers that read no memory are computed again in the backward pass.
     """
+
+    checkpointing = False
 
     def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
         super().__init__()
@@ -124,16 +136,28 @@ class SideNet(nn.Module):
         """The depths of the backbone's hidden states that `forward` needs."""
         return {self.first}.union(*self.jumps)
 
-    def forward(self, states: States, memory: MemoryBank | None, caches: list[LayerCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        states: States,
+        memory: MemoryBank | None,
+        *,
+        caches: list[LayerCache] | None = None,
+        shares: list[Tensor] | None = None,
+    ) -> Tensor:
         """Hidden states of one segment -> output of the last layer [B, T, E], before the final norm.
 
-        `caches`, one per layer, hold the segment so far when the states continue it.
+        `caches`, one per layer, hold the segment so far when the states continue it. To `shares` is appended, for each
+        memory layer, how much of its attention went to memory, [B, H, T].
         """
+        on_share = None if shares is None else shares.append  # FSDP hands modules copies of lists
         x = states.hidden[self.first]
         positions = states.positions or Positions.first(x.shape[1], x.device)
         for i, layer in enumerate(self.stack):
-            fuse = partial(self.reads[str(i)], memory) if str(i) in self.reads else None
-            x = layer(x, positions=positions, cache=caches[i] if caches is not None else None, fuse=fuse)
+            fuse = partial(self.reads[str(i)], memory, on_share=on_share) if str(i) in self.reads else None
+            if self.checkpointing and fuse is None and torch.is_grad_enabled():
+                x = checkpoint(layer, x, positions=positions, use_reentrant=False)
+            else:
+                x = layer(x, positions=positions, cache=caches[i] if caches is not None else None, fuse=fuse)
             if self.jumps:
                 before, after = self.jumps[i]
                 x = x + (states.hidden[after] - states.hidden[before])

@@ -221,6 +221,17 @@ def ids_with(value: int) -> Tensor:
     return ids
 
 
+FLOAT8 = torch.float8_e4m3fn
+
+
+def float8() -> Tensor:
+    return zeros(R, G, M, C, D).to(FLOAT8)
+
+
+def quantised(scale: object) -> Arguments:
+    return {"memory_key": float8(), "memory_value": float8(), "memory_scale": scale}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "pieces"),
     [
@@ -250,7 +261,7 @@ def ids_with(value: int) -> Tensor:
         bad(
             "fewer keys than queries",
             ValueError,
-            ["S must be at least T", "S=2", "T=3"],
+            ["S must be 0 or at least T", "S=2", "T=3"],
             key=randn(B, G, 2, D),
             value=randn(B, G, 2, D),
         ),
@@ -319,6 +330,62 @@ def ids_with(value: int) -> Tensor:
         ),
         bad("window of nothing", ValueError, ["window must be at least 1", "window=0"], window=0),
         bad("unknown impl", ValueError, ["impl must be one of auto, triton", "'flash'"], impl="flash"),
+        bad("query of no kind", TypeError, ["query must be a tensor", "got NoneType"], query=None),
+        bad(
+            "float8 memory without scale",
+            ValueError,
+            ["float8_e4m3fn memory needs memory_scale [R, G, M, 2]", "got none"],
+            memory_key=float8(),
+            memory_value=float8(),
+        ),
+        bad(
+            "scale without float8 memory",
+            ValueError,
+            ["float32 memory takes no memory_scale", "got one"],
+            memory_scale=ones(R, G, M, 2),
+        ),
+        *(
+            bad(f"memory_scale {what}", error, ["memory_scale", *pieces], **quantised(scale))
+            for what, error, pieces, scale in (
+                ("chunks", ValueError, ["M = 6", "(2, 2, 5, 2)"], ones(R, G, M - 1, 2)),
+                ("parts", ValueError, ["[R, G, M, 2]", "(2, 2, 6, 1)"], ones(R, G, M, 1)),
+                ("dtype", TypeError, ["float32", "float64"], ones(R, G, M, 2).double()),
+                ("device", ValueError, ["must be on cpu", "meta"], ones(R, G, M, 2, device="meta")),
+                ("kind", TypeError, ["must be a tensor", "float"], 1.0),
+            )
+        ),
+        bad(
+            "float8 value alone",
+            TypeError,
+            ["memory_value must have the dtype of memory_key", "float32", "float8"],
+            memory_value=float8(),
+        ),
+        bad("float8 query", TypeError, ["query must be one of", "float8"], query=zeros(B, H, T, D).to(FLOAT8)),
+        bad("key_mask shape", ValueError, ["key_mask", "S = 5", "(2, 3)"], key_mask=ones(B, T).bool()),
+        bad("key_mask rank", ValueError, ["key_mask must have 2 axes", "(5,)"], key_mask=ones(S).bool()),
+        bad("key_mask dtype", TypeError, ["key_mask must be one of bool", "got float32"], key_mask=ones(B, S)),
+        bad(
+            "key_mask device",
+            ValueError,
+            ["key_mask must be on cpu", "meta"],
+            key_mask=ones(B, S, device="meta").bool(),
+        ),
+        *(
+            bad(f"dropout_p = {p}", ValueError, ["dropout_p must lie in [0, 1)", f"got {p}"], dropout_p=p)
+            for p in (1.0, -0.1, float("nan"))
+        ),
+        bad("dropout_p of words", TypeError, ["dropout_p must be a number", "got str"], dropout_p="0.1"),
+        *(
+            bad(f"dropout_seed {what}", error, ["dropout_seed", *pieces], dropout_p=0.1, dropout_seed=seed)
+            for what, error, pieces, seed in (
+                ("too large", ValueError, ["64 bits", str(2**63)], 2**63),
+                ("too small", ValueError, ["64 bits", str(-(2**63) - 1)], -(2**63) - 1),
+                ("of a fraction", TypeError, ["an integer or int64 of shape (1,)", "float"], 0.5),
+                ("tensor's shape", ValueError, ["(1,)", "(2,)"], torch.tensor([1, 2])),
+                ("tensor's dtype", ValueError, ["int64", "int32"], torch.tensor([1], dtype=torch.int32)),
+                ("tensor's device", ValueError, ["on cpu", "meta"], torch.tensor([1], device="meta")),
+            )
+        ),
     ],
 )
 def test_memory_attention_refuses(changes: Arguments, error: type[Exception], pieces: list[str]) -> None:
@@ -343,5 +410,10 @@ def test_good_calls_of_the_same_sizes_are_not_refused() -> None:
     local = randn(B, G, S, D)
     memory_attention(
         randn(B, H, T, D), local, local, ring.key, ring.value, ids_with(M - 1),
-        gate=zeros(H), window=2, alibi_slopes=ones(H),
+        gate=zeros(H), window=2, alibi_slopes=ones(H), key_mask=ones(B, S).bool(), dropout_p=0.1, dropout_seed=-1,
+        return_lse=True, return_memory_share=True,
+    )  # fmt: skip
+    memory_attention(
+        randn(B, H, T, D), local, local, float8(), float8(), ids_with(M - 1),
+        fusion="joint", memory_scale=ones(R, G, M, 2), dropout_p=0.1, dropout_seed=torch.tensor([1]),
     )  # fmt: skip

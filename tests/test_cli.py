@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,6 +108,27 @@ def test_training_goes_on_where_it_was(
     for _ in range(2):
         assert train(backbone, texts, tmp_path / "run") == 0
     assert "continuing from step 4" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_trains_together_and_only_the_first_process_speaks(
+    backbone: Path, texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--segment", "16", "--memory-tokens", "64", "--chunks-per-query", "3", "--steps", "3", "--rows", "1"]
+    options += ["--parallel", "fsdp", "--accumulate", "2", "--checkpoint-activations", "--shard-memory"]
+    options += ["--scope", "shared", "--reset", "never", "--usage-weight", "0.1", "--precision", "float32"]
+    result = subprocess.run(
+        [*torchrun, "-m", "longmem.cli", "train", "--backbone", backbone, "--data", texts, "--out", out, *options],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("frozen parameters") == result.stdout.count("saved ") == 1
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0]["tokens"] == 2 * 2 * 16 and lines[-1]["memory_found"] == 1
+    assert run("generate", "--run", out, "--prompt", "w1 w2", "--max-new-tokens", "2") == 0
 
 
 def test_an_interrupted_run_says_how_to_go_on(

@@ -128,6 +128,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         {"missing": "none"},
         {"missing": "all"},
         {"C": 1, "K": 1},
+        {"S": 0},
     ],
     ids=lambda variant: "-".join(variant) or "plain",
 )
@@ -253,6 +254,21 @@ def test_large_logits_stay_finite(fusion: str, dtype: torch.dtype) -> None:
     assert out.dtype == dtype and out.isfinite().all()
     (gradient,) = torch.autograd.grad(out.float().sum(), case.query)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_without_local_keys_memory_is_alone(fusion: str) -> None:
+    case = make_case(fusion, S=0, missing="some")
+    out, local_lse, memory_lse = replace(case, options=(*case.options, ("return_lse", True))).run()
+    alone = replace(make_case("gated", S=5), **{name: getattr(case, name) for name in ("query", "memory_key")})
+    alone = replace(alone, memory_value=case.memory_value, chunk_ids=case.chunk_ids)
+    wanted = replace(alone, gate=torch.full((4,), torch.inf)).run()
+    if case.gate is not None:
+        wanted = wanted * case.gate.double().sigmoid()[:, None, None]  # the local part of the mean is 0
+    found = (case.chunk_ids >= 0).any(-1)
+    torch.testing.assert_close(out[found], wanted[found], rtol=0, atol=1e-14)
+    assert (out[~found] == 0).all() and torch.equal(memory_lse == -torch.inf, ~found)
+    assert (local_lse == -torch.inf).all()
 
 
 def test_no_queries_give_an_empty_result() -> None:

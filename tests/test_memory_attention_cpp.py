@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from memory_attention_suite import Case, MemoryAttentionSuite, check, make
+from hypothesis import given, settings
+from memory_attention_cases import FP8, OUTPUTS, Case, make, random_cases
+from memory_attention_suite import MemoryAttentionSuite, check
 
 from longmem_kernels import memory_attention
 
@@ -31,7 +35,13 @@ class TestCpp(MemoryAttentionSuite):
     ids=lambda case: f"D{case.D}",
 )
 def test_sizes_that_are_no_multiples_of_a_vector(case: Case, dtype: torch.dtype) -> None:
-    check(Case(**{**vars(case), "dtype": dtype}), "cpp", "cpu")
+    check(replace(case, dtype=dtype), "cpp", "cpu")
+
+
+@settings(max_examples=150)
+@given(random_cases())
+def test_random_cases(case: Case) -> None:
+    check(case, "cpp", "cpu")
 
 
 def test_nan_comes_out_where_it_goes_in() -> None:
@@ -41,17 +51,44 @@ def test_nan_comes_out_where_it_goes_in() -> None:
     assert out[0, 0, 4].isnan().all() and out[0, 0, [3, 5]].isfinite().all()
 
 
-def test_bit_equal_for_any_number_of_threads() -> None:
-    inputs = make(Case(B=3, T=70, S=90, R=3, H=6, G=3, fusion="joint"), "cpu")
+# Key/value heads shared out whole, and in pairs of blocks; the last by queries, few of them.
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(B=3, T=70, S=90, R=3, H=6, G=3, fusion="joint"),
+        Case(B=1, T=200, S=300, R=1, H=3, G=1, options=(("dropout_p", 0.2), ("dropout_seed", 1)), slopes=True),
+        Case(B=1, T=130, S=200, R=1, H=4, G=1, options=(("causal", False),), dtype=torch.bfloat16, key_mask="holes"),
+        Case(B=1, T=200, S=333, R=1, H=3, G=3, options=(("window", 70),), D=20),
+        Case(B=1, T=2, S=1000, R=1, H=4, G=2, fusion="joint"),
+    ],
+    ids=["heads", "pairs", "pairs_not_causal", "pairs_window", "few_queries"],
+)
+def test_bit_equal_for_any_number_of_threads(case: Case) -> None:
+    inputs = make(replace(case, loss=OUTPUTS), "cpu")
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             found.append(inputs.run("cpp"))
     finally:
         torch.set_num_threads(before)
     for run in found[1:]:
         assert all(torch.equal(run[name], value) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-126, 3.0, math.nan], ids=str)
+def test_every_float8_is_read_exactly(scale: float) -> None:
+    """One chunk of one token: the memory's part is the token's value. All 256 bytes, 8 tokens at a time."""
+    bytes_ = torch.arange(256, dtype=torch.uint8).view(1, 1, 8, 1, 32).view(FP8)
+    scales = torch.full((1, 1, 8, 2), scale)
+    ids = torch.arange(8, dtype=torch.int32).view(1, 1, 8, 1)
+    zeros = torch.zeros(1, 1, 8, 32)
+    key = torch.zeros(bytes_.shape).to(FP8)
+    out = memory_attention(
+        zeros, zeros, zeros, key, bytes_, ids,
+        memory_scale=scales, gate=torch.tensor([torch.inf]), impl="cpp",
+    )  # fmt: skip
+    torch.testing.assert_close(out.view(-1), bytes_.view(-1).float() * scale, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("fusion", ["gated", "joint"])
@@ -67,7 +104,7 @@ def test_compiles_into_one_graph_forward_and_backward(fusion: str) -> None:
         return memory_attention(query, key, value, *inputs.memory, inputs.ids, **options, impl="cpp")
 
     out = torch.compile(attend, fullgraph=True, backend="aot_eager")(leaves)
-    gradients = torch.autograd.grad(out, list(leaves.values()), inputs.grad)
+    gradients = torch.autograd.grad(out, list(leaves.values()), inputs.grads["out"])
     torch.testing.assert_close(out, eager["out"])
     for name, gradient in zip(leaves, gradients, strict=True):
         torch.testing.assert_close(gradient, eager[name])
@@ -77,7 +114,8 @@ def test_compiles_into_one_graph_forward_and_backward(fusion: str) -> None:
 def test_lower_instruction_sets(level: str) -> None:
     """The level is read once per process."""
     check_all = (
-        "from memory_attention_suite import CASES, check\n"
+        "from memory_attention_cases import CASES\n"
+        "from memory_attention_suite import check\n"
         "for case in CASES.values(): check(case, 'cpp', 'cpu')\n"
         "from longmem_kernels._extension import build_info\n"
         "print(build_info()['simd'])"

@@ -3,6 +3,7 @@
 //
 // Everything is internal to that file, and nothing of the standard library's templates is used: a function
 // that the linker could share between instruction sets would be one that a lesser CPU cannot run.
+#pragma once
 
 #include <cmath>
 #include <cstdint>

@@ -29,12 +29,12 @@ struct Tasks {
   Task backward_memory, backward_pair, backward_head, backward_round;
 };
 
-#define LONGMEM_TASKS(simd)                                                                               \
-  Tasks {                                                                                                 \
-    simd::memory_attention_block, simd::memory_attention_few, simd::memory_attention_forward,             \
+#define LONGMEM_TASKS(simd)                                                                                  \
+  Tasks {                                                                                                    \
+    simd::memory_attention_block, simd::memory_attention_few, simd::memory_attention_forward,                \
         simd::memory_attention_piece, simd::memory_attention_finish, simd::memory_attention_backward_memory, \
-        simd::memory_attention_backward_pair, simd::memory_attention_backward_head,                       \
-        simd::memory_attention_backward_round                                                             \
+        simd::memory_attention_backward_pair, simd::memory_attention_backward_head,                          \
+        simd::memory_attention_backward_round                                                                \
   }
 
 Tasks tasks() {
@@ -79,7 +79,8 @@ void check(const Inputs& in, const MemoryAttentionParams& p) {
   STD_TORCH_CHECK((p.memory_type == Scalar::e4m3) == in.memory_scale.has_value(), kOp,
                   ": memory_scale and float8_e4m3fn memory belong together");
   STD_TORCH_CHECK(p.K <= 1 || in.ids.stride(3) == 1, kOp, ": the last axis of chunk_ids must be contiguous");
-  STD_TORCH_CHECK(!in.memory_scale || in.memory_scale->is_contiguous(), kOp, ": memory_scale must be contiguous");
+  STD_TORCH_CHECK(!in.memory_scale || in.memory_scale->is_contiguous(), kOp,
+                  ": memory_scale must be contiguous");
   for (int64_t row = 0; p.ring_index && row < p.B; ++row) {
     const int64_t ring = p.ring_index[row];
     STD_TORCH_CHECK(ring >= 0 && ring < p.R, kOp, ": ring_index must lie in [0, ", p.R, "), got ", ring);
@@ -159,8 +160,8 @@ Results attend(const Inputs& in) {
 }
 
 // dquery, dkey and dvalue of the local part. With few key/value heads for the threads, each head's pairs are
-// shared out; in one wave after the other, because two pairs with the same queries or keys add to the same sums,
-// in the order that one thread would take them.
+// shared out; in one wave after the other, because two pairs with the same queries or keys add to the same
+// sums, in the order that one thread would take them.
 void differentiate_local(const MemoryAttentionParams& p) {
   const int64_t heads = p.B * p.G, threads = torch::stable::get_num_threads();
   if (heads % threads == 0 || heads >= 4 * threads) return run(heads, tasks().backward_head, p);
@@ -189,7 +190,9 @@ void sum_of_queries(const MemoryAttentionParams& p, float* dgate) {
 }
 
 Results differentiate(const Inputs& in, MemoryAttentionParams& p) {
-  const auto empty = [&](std::initializer_list<int64_t> size) { return torch::stable::new_empty(in.query, size); };
+  const auto empty = [&](std::initializer_list<int64_t> size) {
+    return torch::stable::new_empty(in.query, size);
+  };
   const auto zeros = [&](int64_t heads, int64_t rows) {
     return torch::stable::new_zeros(in.query, {p.B, heads, rows, p.padded}, ScalarType::Float);
   };
@@ -220,8 +223,8 @@ Results forward(Tensor query, Tensor key, Tensor value, Tensor memory_query, Ten
                 std::optional<Tensor> ring_index, std::optional<Tensor> gate, std::optional<Tensor> slopes,
                 std::optional<Tensor> key_mask, std::optional<Tensor> dropout_seed, std::string fusion,
                 double scale, bool causal, std::optional<int64_t> window, double dropout_p) {
-  return attend({query, key, value, memory_query, memory_key, memory_value, ids, memory_scale, ring_index, gate,
-                 slopes, key_mask, dropout_seed, fusion, scale, causal, window, dropout_p});
+  return attend({query, key, value, memory_query, memory_key, memory_value, ids, memory_scale, ring_index,
+                 gate, slopes, key_mask, dropout_seed, fusion, scale, causal, window, dropout_p});
 }
 
 Results backward(std::optional<Tensor> grad, std::optional<Tensor> local_lse_grad,
@@ -232,14 +235,15 @@ Results backward(std::optional<Tensor> grad, std::optional<Tensor> local_lse_gra
                  std::optional<Tensor> dropout_seed, std::string fusion, double scale, bool causal,
                  std::optional<int64_t> window, double dropout_p, Tensor local_out, Tensor local_lse,
                  Tensor memory_out, Tensor memory_lse) {
-  const Inputs in{query,    key,  value,  memory_query, memory_key,   memory_value, ids,   memory_scale, ring_index,
-                  gate,     slopes, key_mask, dropout_seed, fusion, scale, causal, window, dropout_p};
+  const Inputs in{query,        key,          value,      memory_query, memory_key, memory_value,
+                  ids,          memory_scale, ring_index, gate,         slopes,     key_mask,
+                  dropout_seed, fusion,       scale,      causal,       window,     dropout_p};
   auto p = params_of(in);
   // Gradients may come expanded or transposed, or not at all.
   if (local_lse_grad) local_lse_grad = torch::stable::contiguous(*local_lse_grad);
   if (memory_lse_grad) memory_lse_grad = torch::stable::contiguous(*memory_lse_grad);
   p.local_lse_grad = data_of<float>(local_lse_grad), p.memory_lse_grad = data_of<float>(memory_lse_grad);
-  const Tensor given = !grad                 ? torch::stable::new_zeros(query, {1, 1, 1, p.D})
+  const Tensor given = !grad                  ? torch::stable::new_zeros(query, {1, 1, 1, p.D})
                        : grad->stride(3) == 1 ? *grad
                                               : torch::stable::contiguous(*grad);
   p.grad = given.const_data_ptr();

@@ -22,12 +22,12 @@ struct MemoryAttentionParams {
   const void *key, *value;                // [B, G, S, D]
   const void *memory_key, *memory_value;  // [R, G, M, C, D]
   const int32_t* ids;                     // [B, H, T, K]
-  const float* memory_scale;              // [R, G, M, 2] contiguous, of keys and values; with e4m3 memory alone
-  const int32_t* ring_index;              // [B], or null: row b reads ring b if R == B, else ring 0
-  const float* gate;                      // [H] logits, or null: one joint softmax
-  const float* slopes;                    // [H], or null
-  const bool* key_mask;                   // [B, S], or null
-  const int64_t* dropout_seed;            // [1], or null
+  const float* memory_scale;    // [R, G, M, 2] contiguous, of keys and values; with e4m3 memory alone
+  const int32_t* ring_index;    // [B], or null: row b reads ring b if R == B, else ring 0
+  const float* gate;            // [H] logits, or null: one joint softmax
+  const float* slopes;          // [H], or null
+  const bool* key_mask;         // [B, S], or null
+  const int64_t* dropout_seed;  // [1], or null
   int64_t B, H, G, T, S, D, R, M, C, K;
   int64_t query_stride[3], memory_query_stride[3], key_stride[3], value_stride[3];
   int64_t memory_key_stride[4], memory_value_stride[4], ids_stride[3], key_mask_stride[2];
@@ -55,13 +55,13 @@ struct MemoryAttentionParams {
 
   // Backward, in between. The gradient of a local score is softmax * (local_weight * grad . value +
   // local_offset).
-  float *local_weight, *local_offset;           // [B, H, T]
-  float *dquery_sum, *dkey_sum, *dvalue_sum;    // rows of `padded`; the gradients themselves where they can be
-  int64_t padded;                               // D rounded up to vectors of every instruction set
+  float *local_weight, *local_offset;         // [B, H, T]
+  float *dquery_sum, *dkey_sum, *dvalue_sum;  // rows of `padded`; the gradients themselves where they can be
+  int64_t padded;                             // D rounded up to vectors of every instruction set
 };
 
-// Backward's pairs: all queries of the heads that share a key/value head, one head after the other, in blocks;
-// and its keys, in blocks.
+// Backward's pairs: all queries of the heads that share a key/value head, one head after the other, in
+// blocks; and its keys, in blocks.
 static inline int64_t memory_attention_blocks(int64_t n) { return (n + kPair - 1) / kPair; }
 static inline int64_t memory_attention_query_blocks(const MemoryAttentionParams& p) {
   return p.H / p.G * memory_attention_blocks(p.T);

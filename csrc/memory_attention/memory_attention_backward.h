@@ -1,9 +1,14 @@
 // Backward tasks; part of memory_attention_task.h.
 //
 // With out = (1 - share) local + share memory, either part's scores have the gradient
-// softmax * (weight * (grad . value - delta) + gradient of the log-sum-exp). Gated, delta = grad . part; joint,
-// where the share depends on all scores, delta = grad . out (FlashAttention-2, section 3.1, for one softmax in
-// two pieces).
+// softmax * (weight * (grad . value - delta) + gradient of the log-sum-exp). Gated, delta = grad . part;
+// joint, where the share depends on all scores, delta = grad . out (FlashAttention-2, section 3.1, for one
+// softmax in two pieces).
+#pragma once
+
+#include "memory_attention/memory_attention_block.h"
+#include "memory_attention/memory_attention_dropout.h"
+#include "memory_attention/memory_attention_memory.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {
@@ -76,7 +81,8 @@ class BackwardMemory {
   Buffer<float> weights_, products_;  // [K * C] and padding
 };
 
-// sums [rows, padded] += weight^T . x [n, padded], where weight k of row r lies at r * row_stride + k * stride.
+// sums [rows, padded] += weight^T . x [n, padded], where weight k of row r lies at r * row_stride + k *
+// stride.
 struct Accumulation {
   const float *weight, *x;
   int64_t row_stride, stride, x_stride, n, padded;
@@ -154,7 +160,8 @@ class BackwardLocal {
     end_ = smaller(first_ + kPair, p_.T);
     for (int64_t i = 0; first_ + i < end_; i += kQueries) {
       const Block block = block_at(i);
-      block.load_queries(p_.query, p_.query_stride, p_.scale, query_rows_ + i * p_.padded, query_ + i * p_.padded);
+      block.load_queries(p_.query, p_.query_stride, p_.scale, query_rows_ + i * p_.padded,
+                         query_ + i * p_.padded);
       block.load_queries(p_.grad, p_.grad_stride, 1.0f, grad_rows_ + i * p_.padded, grad_ + i * p_.padded);
       for (int64_t lane = 0; lane < kQueries; ++lane) {
         const int64_t row = block.row(lane);
@@ -189,7 +196,8 @@ class BackwardLocal {
       const int64_t padded = p_.padded;
       Accumulation{weights_, grad, kQueries, 1, padded, block.count, padded, p_.dvalue_sum + at}.run(n);
       Accumulation{products_, query, kQueries, 1, padded, block.count, padded, p_.dkey_sum + at}.run(n);
-      Accumulation{products_, key.data, 1, kQueries, key.stride, n, padded, p_.dquery_sum + block.row(0) * padded}
+      Accumulation{products_,  key.data, 1,      kQueries,
+                   key.stride, n,        padded, p_.dquery_sum + block.row(0) * padded}
           .run(block.count);
     }
   }
@@ -218,16 +226,17 @@ class BackwardLocal {
   const MemoryAttentionParams& p_;
   const int64_t b_, g_;
   const Dropout dropout_;
-  int64_t h_ = 0, first_ = 0, end_ = 0;         // the queries taken up
-  Buffer<float> query_, grad_;                  // [padded, kQueries] for each kQueries of them
-  Buffer<float> query_rows_, grad_rows_;        // [kPair, padded]
-  Buffer<float> key_rows_, value_rows_;         // [kTile, padded], when converted
-  Buffer<float> weights_, products_;            // [kTile, kQueries]
-  Buffer<float> lse_, weight_, offset_;         // [kPair]
-  Buffer<uint32_t> dropout_row_;                // [kPair]
+  int64_t h_ = 0, first_ = 0, end_ = 0;   // the queries taken up
+  Buffer<float> query_, grad_;            // [padded, kQueries] for each kQueries of them
+  Buffer<float> query_rows_, grad_rows_;  // [kPair, padded]
+  Buffer<float> key_rows_, value_rows_;   // [kTile, padded], when converted
+  Buffer<float> weights_, products_;      // [kTile, kQueries]
+  Buffer<float> lse_, weight_, offset_;   // [kPair]
+  Buffer<uint32_t> dropout_row_;          // [kPair]
 };
 
-inline void round_rows(const MemoryAttentionParams& p, const float* sums, void* rows, int64_t first, int64_t n) {
+inline void round_rows(const MemoryAttentionParams& p, const float* sums, void* rows, int64_t first,
+                       int64_t n) {
   for (int64_t i = first; i < first + n; ++i) store_row(sums + i * p.padded, p.D, rows, p.type, i * p.D);
 }
 

@@ -1,5 +1,9 @@
 // Which local weights dropout keeps; part of memory_attention_task.h. The hash is specified in
 // longmem_kernels/memory_attention/reference.py.
+#pragma once
+
+#include "common/simd_task.h"
+#include "memory_attention/memory_attention.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {

@@ -1,12 +1,15 @@
 // Forward tasks when queries are few, as in decoding: keys are shared by all queries of a key/value head, and
 // split into pieces of fixed size, so that the result does not depend on the number of threads. Part of
 // memory_attention_task.h.
+#pragma once
+
+#include "memory_attention/memory_attention_forward.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {
 namespace {
 
-constexpr int64_t kFew = kLanes / 2;  // T up to here, in queries per head
+constexpr int64_t kFew = kLanes * 3 / 4;  // T up to here, in queries per head
 
 inline int64_t pieces_of(const MemoryAttentionParams& p) { return (p.S + kSplit - 1) / kSplit; }
 
@@ -67,9 +70,7 @@ class Piece {
   }
 
   // Query i of those that share the keys.
-  Block block_of(int64_t i) const {
-    return Block(p_, b_, g_ * (p_.H / p_.G) + i / p_.T, i % p_.T, p_.T);
-  }
+  Block block_of(int64_t i) const { return Block(p_, b_, g_ * (p_.H / p_.G) + i / p_.T, i % p_.T, p_.T); }
 
   void finish(const Block& block, float* scores) const {
     hide(block, scores);
@@ -108,10 +109,10 @@ class Piece {
   const MemoryAttentionParams& p_;
   const int64_t b_, g_, split_, first_, n_, queries_;
   const Dropout dropout_;
-  Buffer<float> query_;                 // [queries, padded]
-  Buffer<float> scores_;                // [queries, kSplit]
-  Buffer<float> out_;                   // [padded]
-  Buffer<int64_t> key_at_, value_at_;   // [kSplit]
+  Buffer<float> query_;                // [queries, padded]
+  Buffer<float> scores_;               // [queries, kSplit]
+  Buffer<float> out_;                  // [padded]
+  Buffer<int64_t> key_at_, value_at_;  // [kSplit]
 };
 
 // Puts the pieces of a query together and attends to its memory.

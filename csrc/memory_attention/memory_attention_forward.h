@@ -1,4 +1,9 @@
 // Forward tasks for blocks of queries; part of memory_attention_task.h.
+#pragma once
+
+#include "memory_attention/memory_attention_block.h"
+#include "memory_attention/memory_attention_dropout.h"
+#include "memory_attention/memory_attention_memory.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {
@@ -135,6 +140,8 @@ class Forward {
 };
 
 }  // namespace
+
+int64_t memory_attention_block() { return kQueries; }
 
 void memory_attention_forward(const MemoryAttentionParams& p, int64_t task) {
   Forward(Block::of_task(p, task)).run();

@@ -1,4 +1,8 @@
 // The chunks of one query, and attention to them; part of memory_attention_task.h.
+#pragma once
+
+#include "memory_attention/memory_attention_block.h"
+#include "memory_attention/memory_attention_rows.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {
@@ -33,7 +37,8 @@ class Memory {
         if (scale) key_scale_[n] = scale[0], value_scale_[n] = scale[1];
       }
     }
-    for (int64_t j = n; n > 0 && j < round_up(n); ++j) key_at_[j] = key_at_[n - 1], value_at_[j] = value_at_[n - 1];
+    for (int64_t j = n; n > 0 && j < round_up(n); ++j)
+      key_at_[j] = key_at_[n - 1], value_at_[j] = value_at_[n - 1];
     block.load_query(p_.memory_query, p_.memory_query_stride, i, query_);
     multiply(query_, p_.D, p_.scale);
   }

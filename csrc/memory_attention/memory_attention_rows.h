@@ -1,5 +1,9 @@
-// One query against rows that lie anywhere: chunks of memory, or local keys when queries are few. The head dim
-// lies across the lanes, and rows are read in place, whatever their type. Part of memory_attention_task.h.
+// One query against rows that lie anywhere: chunks of memory, or local keys when queries are few. The head
+// dim lies across the lanes, and rows are read in place, whatever their type. Part of
+// memory_attention_task.h.
+#pragma once
+
+#include "common/simd_task.h"
 
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {

@@ -161,7 +161,7 @@ class Backbone(nn.Module):
         for i in range(max(highest, last + 1)):
             layer = self.layer(i)
             if i in memory_layers:
-                stored.append(layer.project_memory(layer.input_norm(x)))
+                stored.append(layer.stored(x))
                 if i == last and i >= highest:
                     break
             kept = cache.layers.setdefault(i, LayerCache()) if cache is not None else None

@@ -228,6 +228,10 @@ class DecoderLayer(nn.Module):
             key = self.key_norm(key)
         return key, split_heads(self.value(normed), self.kv_heads)
 
+    def stored(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What a memory stores of the layer's input [B, T, E]: key and value [B, G, T, D]."""
+        return self.project_memory(self.input_norm(x))
+
     def local_attention(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
         """Causal attention of [B, H, T, D] to [B, G, S, D], whose last T tokens are its own."""
         T, S = query.shape[2], key.shape[2]

@@ -2,207 +2,227 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from longmem.data.stream import Batch, SegmentStream
+from longmem.data.stream import IGNORE, Batch, SegmentStream
 from longmem.memory import MemoryBank
 from longmem.model import LongMem
-from longmem.precision import PRECISIONS, autocast, memory_dtype
+from longmem.precision import autocast, memory_dtype
 from longmem.sidenet import MemoryRead
 from longmem.states import StateSource
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoints, Content
+from .config import TrainConfig
+from .metrics import MetricsLog
+from .parallel import prepare
+from .processes import Processes, whole
+from .step import Measured, Step
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train; what is trained is `LongMemConfig`.
-
-    Attributes:
-        steps: optimiser steps. rows: B, documents side by side.
-        learning_rate: peak, after `warmup` steps, then a cosine to a tenth of it.
-        clip: largest gradient norm. weight_decay: decoupled (AdamW).
-        save_every: steps between checkpoints (and one at the end).
-        precision: of matrix products: "auto", "float32" or "bfloat16" (`longmem.precision`).
-        seed: order of the documents and of everything random.
-    """
-
-    steps: int = 60
-    rows: int = 4
-    learning_rate: float = 2e-3
-    warmup: int = 5
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    save_every: int = 20
-    precision: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "rows", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"TrainConfig: {name} must be above 0, got {getattr(self, name)}")
-        if self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError("TrainConfig: warmup and weight_decay must not be negative")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"TrainConfig: precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
+# After so many steps in which no query found anything in memory, something is wrong.
+EMPTY_STEPS = 10
 
 
 class Trainer:
-    """Trains `model` on `stream` and keeps everything in `folder`: checkpoint.safetensors, metrics.jsonl, the model.
+    """Trains `model` on `stream` and keeps everything in `folder`: checkpoint, metrics.jsonl, the model.
 
     A run that was interrupted goes on from its last checkpoint, exactly where it was: weights, optimiser, position in
     the documents, memory, random state.
 
+    In a process group of torch.distributed every process makes its own Trainer, with the same arguments but for
+    `stream`, which walks its share of the documents (`Processes.share_of`), and `states`. Every token of all processes
+    counts the same. The first process writes.
+
+    Args:
+        tensorboard: log for TensorBoard too, in `folder`/tensorboard.
+
     Raises:
-        ValueError: the folder holds the checkpoint of another run (configuration, texts or backbone differ).
-        FloatingPointError: from `run`, when the loss is not finite; the last checkpoint is intact.
+        ValueError: the folder holds the checkpoint of another run (configuration, texts, backbone or number of
+            processes differ); TensorBoard is asked for and not installed.
+        FloatingPointError: from `run`, when the loss or its gradient is not finite; the last checkpoint is intact.
     """
 
     def __init__(
-        self, model: LongMem, stream: SegmentStream, states: StateSource, config: TrainConfig, folder: str | Path
+        self,
+        model: LongMem,
+        stream: SegmentStream,
+        states: StateSource,
+        config: TrainConfig,
+        folder: str | Path,
+        *,
+        tensorboard: bool = False,
     ) -> None:
-        self.model, self.stream, self.states, self.config, self.folder = model, stream, states, config, Path(folder)
+        self.model, self.stream, self.config, self.folder = model, stream, config, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.processes = Processes()
+        identity = {
+            "train": asdict(config),
+            "model": model.config.to_dict(),
+            "fingerprint": model.fingerprint,
+            "processes": self.processes.count,
+        }
         self.memory: MemoryBank = model.new_memory(
-            stream.rows, dtype=memory_dtype(config.precision, model.backbone.device)
+            stream.rows, dtype=memory_dtype(config.precision, model.backbone.device), sharded=config.shard_memory
         )
+        self._run_step = prepare(Step(model, states, config), config)
         self.optimizer = torch.optim.AdamW(
             model.trainable().values(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
         )
+        for parameter in model.trainable().values():  # as AdamW would at its first step: now there is what to load into
+            moments = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        if self.processes.count > 1:
+            torch.manual_seed(config.seed * self.processes.count + self.processes.rank)
         self.step = 0
-        if self.checkpoint.exists():
-            self._load()
-        self._truncate_metrics()
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.safetensors"
+        self._found_memory = False
+        self.checkpoints = Checkpoints(self.folder, self.processes, identity)
+        self._load()
+        self._log = MetricsLog(self.folder, self.step, tensorboard) if self.processes.first else None
 
     def run(self, report: Callable[[dict[str, float]], None] | None = None) -> None:
         """Train to the last step, then save the model. `report` is told each step's metrics (see `_metrics`)."""
-        batches = iter(self.stream)
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
-            while self.step < self.config.steps:
-                began = time.perf_counter()
-                batch = next(batches, None)
-                if batch is None:
-                    batches = iter(self.stream)
-                    continue
-                loss, norm = self._train(batch.to(self.model.backbone.device))
-                self.step += 1
-                metrics = self._metrics(batch, loss, norm, time.perf_counter() - began)
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
-                if report is not None:
-                    report(metrics)
-                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-                    self._save()
-        self.model.save_pretrained(self.folder)
+        batches = self._batches()
+        try:
+            self._run(batches, report)
+        finally:
+            if self._log is not None:
+                self._log.close()
+        weights = {name: whole(tensor) for name, tensor in self.model.sidenet.state_dict().items()}
+        if self.processes.first:
+            self.model.save_pretrained(self.folder, weights)
+        self.processes.barrier()
 
-    def _train(self, batch: Batch) -> tuple[float, float]:
+    def _run(self, batches: Iterator[Batch], report: Callable[[dict[str, float]], None] | None) -> None:
+        while self.step < self.config.steps:
+            began = time.perf_counter()
+            segments = [next(batches) for _ in range(self.config.accumulate)]
+            metrics = self._train(segments)
+            metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
+            self._warn_if_empty(metrics)
+            if self._log is not None:
+                self._log.write(metrics)
+            if report is not None:
+                report(metrics)
+            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                self.checkpoints.save(self.step, self._content())
+
+    def _batches(self) -> Iterator[Batch]:
+        while True:
+            yield from self.stream
+
+    def _train(self, segments: list[Batch]) -> dict[str, float]:
+        """One optimiser step over consecutive segments of every row."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
-        self.memory.reset(batch.new_document)
-        with autocast(self.config.precision, self.model.backbone.device):
-            output = self.model.read_states(self.states(batch), self.memory, targets=batch.targets, mask=batch.mask)
-        assert output.loss is not None
-        loss = output.loss.item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"Trainer: the loss of step {self.step + 1} is {loss}; lower learning_rate, or clip, and run again:"
-                f" training goes on from {self.checkpoint}"
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.trainable().values(), self.config.clip)
+        targets = [int((batch.targets != IGNORE).sum()) for batch in segments]
+        (all_targets,) = self.processes.sum([sum(targets)])
+        measured = []
+        device = self.model.backbone.device
+        for i, batch in enumerate(segments):
+            self._reset_memory(batch)
+            # Every token counts the same, wherever it is: averaging over processes divides by their number.
+            weight = targets[i] / max(all_targets, 1) * self.processes.count
+            last = i == len(segments) - 1
+            with autocast(self.config.precision, device):
+                objective, numbers = self._run_step(batch.to(device), self.memory, weight, last=last)
+            objective.backward()
+            measured.append(numbers)
+        loss = sum(numbers.loss.item() * n / max(all_targets, 1) for numbers, n in zip(measured, targets, strict=True))
+        (loss,) = self.processes.sum([loss])
+        self._check_finite("loss", loss)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.trainable().values(), self.config.clip)).item()
+        self._check_finite("gradient norm", norm)
         self.optimizer.step()
-        return loss, float(norm)
+        self.step += 1
+        return {"step": self.step, "loss": loss, "gradient_norm": norm, **self._metrics(segments, measured, loss)}
 
-    def _metrics(self, batch: Batch, loss: float, norm: float, seconds: float) -> dict[str, float]:
-        """loss in nats per token, speed, memory fill and retrieval (`MemoryBank.stats`), and the read's gates and
-        temperatures, averaged over heads."""
-        reads = [read for read in self.model.sidenet.reads.values() if isinstance(read, MemoryRead)]
+    def _reset_memory(self, batch: Batch) -> None:
+        new = batch.new_document
+        if self.config.reset == "never":
+            return
+        if self.memory.scope == "row":
+            self.memory.reset(new.to(self.model.backbone.device))
+            return
+        # All rows are one memory; of all processes, when it is one over them.
+        begun = int(new.sum()) / len(new)
+        if self.config.shard_memory:
+            begun = self.processes.sum([begun])[0] / self.processes.count
+        if begun == 1:
+            self.memory.reset()
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"Trainer: the {what} of step {self.step + 1} is {value}; lower learning_rate, or clip, and run again:"
+                f" training goes on from the last checkpoint in {self.folder}"
+            )
+
+    def _metrics(self, segments: list[Batch], measured: list[Measured], loss: float) -> dict[str, float]:
+        """Over all processes: perplexity, tokens, memory fill and retrieval (`MemoryBank.stats`), the share of queries
+        that found memory and its mean share of their attention, and the read's gates and temperatures, averaged over
+        heads."""
+        stats = self.memory.stats()
+        counts = [float(sum(batch.mask.sum() for batch in segments))]
+        counts += [float(sum(getattr(numbers, name) for numbers in measured)) for name in ("queries", "found", "share")]
+        totals = self.processes.sum([*counts, *stats.values()])
+        tokens, queries, found, share = totals[:4]
         metrics = {
-            "step": self.step,
-            "loss": loss,
             "perplexity": math.exp(min(loss, 30.0)),
             "learning_rate": self.config.rate(self.step - 1),
-            "gradient_norm": norm,
-            "tokens": int(batch.mask.sum()),
-            "tokens_per_second": int(batch.mask.sum()) / seconds,
-            "temperature": torch.cat([read.log_temperature for read in reads]).exp().mean().item(),
+            "tokens": tokens,
+            "memory_found": found / max(queries, 1),
+            "memory_share": share / max(found, 1),
         }
-        gates: list[Tensor] = [read.gate for read in reads if read.gate is not None]
-        if gates:
-            metrics["gate"] = torch.cat(gates).sigmoid().mean().item()
-        return metrics | {f"memory_{name}": value for name, value in self.memory.stats().items()}
+        metrics |= {f"memory_{name}": v / self.processes.count for name, v in zip(stats, totals[4:], strict=True)}
+        reads = [read for read in self.model.sidenet.reads.values() if isinstance(read, MemoryRead)]
+        metrics["temperature"] = _mean([read.log_temperature.exp() for read in reads])
+        gates = [read.gate.sigmoid() for read in reads if read.gate is not None]
+        return metrics | ({"gate": _mean(gates)} if gates else {})
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "train": asdict(self.config),
-            "model": self.model.config.to_dict(),
-            "fingerprint": self.model.fingerprint,
-        }
+    def _warn_if_empty(self, metrics: dict[str, float]) -> None:
+        self._found_memory = self._found_memory or metrics["memory_found"] > 0
+        if self.step == EMPTY_STEPS and not self._found_memory and self.processes.first:
+            warnings.warn(
+                f"Trainer: in {EMPTY_STEPS} steps no token has found anything in memory. It is empty whenever it is"
+                " read: are the documents longer than one segment?",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
-    def _save(self) -> None:
-        tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in self.model.trainable().items()}
-        names = list(self.model.trainable())
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{names[index]}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-        tensors |= {f"memory.{name}": tensor for name, tensor in self.memory.state_dict().items()}
-        tensors["rng"] = torch.get_rng_state()
-        about = {"step": self.step, "stream": self.stream.state_dict(), "identity": self._identity()}
-        save_checkpoint(self.checkpoint, tensors, about)
+    def _content(self) -> Content:
+        common: dict[str, Tensor] = {}
+        for name, parameter in self.model.trainable().items():
+            common[f"model.{name}"] = parameter.detach()
+            common |= {f"optimizer.{name}.{slot}": value for slot, value in self.optimizer.state[parameter].items()}
+        own = {f"memory.{name}": tensor for name, tensor in self.memory.state_dict().items()}
+        own["rng"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            own["cuda_rng"] = torch.cuda.get_rng_state()
+        return Content(common, own, {"stream": self.stream.state_dict(), "found_memory": self._found_memory})
 
     def _load(self) -> None:
-        tensors, about = load_checkpoint(self.checkpoint, self._identity())
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "memory": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            parts.setdefault(kind, {})[rest] = tensor
-        with torch.no_grad():
-            for name, parameter in self.model.trainable().items():
-                parameter.copy_(parts["model"][name])
-        self._load_optimizer(parts.get("optimizer", {}))
+        content = self._content()
+        about: dict[str, Any] | None = self.checkpoints.load(content)
+        if about is None:
+            return
         self.memory.load_state_dict(
-            {name: tensor.to(self.memory.ring.store.device) for name, tensor in parts["memory"].items()}
+            {name.removeprefix("memory."): x for name, x in content.own.items() if name.startswith("memory.")}
         )
         self.stream.load_state_dict(about["stream"])
-        torch.set_rng_state(tensors["rng"])
-        self.step = about["step"]
+        torch.set_rng_state(content.own["rng"])
+        if "cuda_rng" in content.own:
+            torch.cuda.set_rng_state(content.own["cuda_rng"])
+        self.step, self._found_memory = about["step"], about["found_memory"]
 
-    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        state = self.optimizer.state_dict()
-        for index, name in enumerate(self.model.trainable()):
-            slots = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == name}
-            if slots:
-                state["state"][index] = slots
-        self.optimizer.load_state_dict(state)
 
-    def _truncate_metrics(self) -> None:
-        """Steps after the checkpoint (all, where there is none) will be run again: their lines go."""
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+def _mean(parts: list[Tensor]) -> float:
+    return torch.cat([whole(part.detach()) for part in parts]).mean().item()

@@ -58,7 +58,8 @@ def memory_attention(
 
     Args:
         query: [B, H, T, D] float32, bfloat16, float16 (float64 in the reference).
-        key, value: [B, G, S, D], S >= T and H % G == 0; the queries are the last T of the S positions.
+        key, value: [B, G, S, D], S >= T and H % G == 0; the queries are the last T of the S positions. S = 0 is memory
+            alone: no query sees a local key.
         memory_key, memory_value: [R, G, M, C, D], any strides with a contiguous last axis (`Ring.key`, `Ring.value`).
             Not differentiable: memory comes from a frozen encoder.
         chunk_ids: [B, H, T, K] int32, slots in [0, M), or -1 for none (`chunk_topk`). On CUDA, ids outside [-1, M) are
@@ -110,8 +111,8 @@ def memory_attention(
     if memory_query is None:
         memory_query = query
     sizes.bind("memory_query", memory_query, "B H T D")
-    if sizes["S"] < sizes["T"]:
-        raise ValueError(f"{op}: S must be at least T, got S={sizes['S']} keys for T={sizes['T']} queries")
+    if 0 < sizes["S"] < sizes["T"]:
+        raise ValueError(f"{op}: S must be 0 or at least T, got S={sizes['S']} keys for T={sizes['T']} queries")
     _check_vectors(op, sizes, gate=gate, alibi_slopes=alibi_slopes)
     if key_mask is not None:
         sizes.bind("key_mask", key_mask, "B S")
@@ -152,7 +153,7 @@ def _float32(tensor: Tensor | None) -> Tensor | None:
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """As autocast treats the arguments of PyTorch's own attention: float32 becomes its dtype."""
-    device = next(tensor.device.type for tensor in tensors if isinstance(tensor, Tensor))
+    device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "")
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -161,6 +162,8 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def _seed(op: str, dropout_p: float, dropout_seed: Tensor | int | None, device: torch.device) -> Tensor | None:
     """int64 [1] on the device; None without dropout."""
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"{op}: dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {dropout_p}")
     if dropout_p == 0:
@@ -174,6 +177,11 @@ def _seed(op: str, dropout_p: float, dropout_seed: Tensor | int | None, device: 
                 f" {tuple(dropout_seed.shape)} on {dropout_seed.device}"
             )
         return dropout_seed
+    if not isinstance(dropout_seed, int):
+        raise TypeError(
+            f"{op}: dropout_seed must be an integer or int64 of shape (1,) on {device},"
+            f" got {type(dropout_seed).__name__}"
+        )
     if not -(2**63) <= dropout_seed < 2**63:
         raise ValueError(f"{op}: dropout_seed must fit into 64 bits, got {dropout_seed}")
     return torch.tensor([dropout_seed], device=device)

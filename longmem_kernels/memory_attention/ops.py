@@ -17,8 +17,9 @@ _INPUTS = (
 )
 _OPTIONS = "str fusion, float scale, bool causal, int? window, float dropout_p"
 _OPTION_COUNT, _GATE = 5, 9  # how many options there are, and the gate's place among the inputs
-# out [B, H, T, D]; local_out, memory_out [B, H, T, D] (float32 in C++, where that is cheap) and their log-sum-exps
-# [B, H, T] float32, kept for backward. Differentiable: out and the log-sum-exps.
+# out [B, H, T, D]; local_out, memory_out [B, H, T, D] and their log-sum-exps [B, H, T], all in float32, kept for
+# backward: rounded to 16 bits they would make the gate's gradient, a small difference of long sums, inexact.
+# Differentiable: out and the log-sum-exps.
 KERNELS = ("triton", "cpp")
 for _kernel in KERNELS:
     library.define(f"memory_attention_{_kernel}({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -29,12 +30,12 @@ for _kernel in KERNELS:
     )
 
 
-def _fake(kernel: str, query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def part() -> Tensor:
+        return query.new_empty(query.shape, dtype=torch.float32)
+
     def lse() -> Tensor:
         return query.new_empty(query.shape[:3], dtype=torch.float32)
-
-    def part() -> Tensor:
-        return query.new_empty(query.shape, dtype=torch.float32 if kernel == "cpp" else query.dtype)
 
     return query.new_empty(query.shape), part(), lse(), part(), lse()
 
@@ -95,7 +96,7 @@ def _differentiate(
 
 
 for _kernel in KERNELS:
-    torch.library.register_fake(f"longmem::memory_attention_{_kernel}", partial(_fake, _kernel))
+    torch.library.register_fake(f"longmem::memory_attention_{_kernel}", _fake)
     torch.library.register_fake(f"longmem::memory_attention_backward_{_kernel}", _fake_backward)
     torch.library.register_autograd(
         f"longmem::memory_attention_{_kernel}", partial(_differentiate, _kernel), setup_context=_save

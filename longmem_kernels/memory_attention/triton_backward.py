@@ -1,9 +1,10 @@
 """memory_attention in Triton, backward: a kernel for each gradient, none of which adds into memory another one writes.
 
-With p a softmax weight of its own part, and w that part's share of the output (see _triton_common), the gradient of
-its score is `p * (w * (grad . value) - delta)`, where `delta = w * grad . x`, and x is the part's own output ("gated":
-two softmaxes) or the fused output ("joint": one softmax). The first kernel makes w and the deltas, one number per row;
-the others recompute the scores.
+With p the weight of a key in the output, both softmaxes and the fusion included, the gradient of its score is
+`p * (grad . value + offset)`, where `offset = (gradient of the log-sum-exp) / w - grad . x`: w is its part of the
+output (see _triton_common), x the part's own output ("gated": two softmaxes) or the fused one ("joint": one softmax).
+Dropout multiplies grad . value by 0 or 1 / (1 - dropout_p). The first kernel makes what depends on the row alone; the
+others recompute the scores.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -16,236 +17,333 @@ from torch import Tensor
 
 from longmem_kernels._triton import dot, narrow, ring_of_row
 from longmem_kernels.memory_attention._triton_common import (
+    LOG2E,
+    alibi_bias,
+    alibi_rows,
+    alibi_slope,
+    bank_of,
+    capability,
+    drop_threshold,
+    dropout_rows,
     fusion_share,
-    local_backward_tiles,
+    kept_by_dropout,
+    key_value_grad_tiles,
+    load_rows,
+    load_tokens,
     local_scores,
-    memory_tiles,
+    query_grad_tiles,
     retrieved_tokens,
     seen_keys,
+    token_scales,
 )
 
 
 @triton.jit
-def memory_attention_delta_kernel(
-    p_grad, p_local_out, p_local_lse, p_memory_out, p_memory_lse, p_gate,
-    p_share, p_local_delta, p_memory_delta, p_gate_grad,
+def _base_and_offset(p_lse_grad, o_row, m_row, b_lse, b_part, b_dot):
+    """Of rows of one part: `score - base` is the log of p, in units of log 2. No weight at all: base is +inf."""
+    m_found = b_lse != float("-inf")
+    # A part that has become 0 by rounding has gradients of its log-sum-exp.
+    b_part = tl.maximum(b_part, 2.0**-64)
+    b_base = tl.where(m_found, b_lse * LOG2E - tl.log2(b_part), float("inf"))
+    b_offset = -b_dot
+    if p_lse_grad is not None:
+        b_offset += tl.where(m_found, tl.load(p_lse_grad + o_row, mask=m_row, other=0.0) / b_part, 0.0)
+    return b_base, b_offset
+
+
+@triton.jit
+def memory_attention_offset_kernel(
+    p_grad, p_local_lse_grad, p_memory_lse_grad, p_local_out, p_local_lse, p_memory_out, p_memory_lse, p_gate,
+    p_local_base, p_local_offset, p_memory_base, p_memory_offset, p_gate_grad,
     s_grad_b, s_grad_h, s_grad_t, H, T,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Per row: the memory's share of the output, the deltas of both parts, and the row's term of the gate gradient."""
+    """Base and offset of every row, local and memory, and the row's term of the gate gradient."""
     blocks = tl.cdiv(T, BT)
-    pid = tl.program_id(0).to(tl.int64)
-    i_block = (pid % blocks).to(tl.int32)
-    i_h = pid // blocks % H
-    i_b = pid // blocks // H
-    o_t = i_block * BT + tl.arange(0, BT)
+    pid = tl.program_id(0)
+    i_h = (pid // blocks % H).to(tl.int64)
+    i_b = (pid // blocks // H).to(tl.int64)
+    o_t = pid % blocks * BT + tl.arange(0, BT)
     o_d = tl.arange(0, BD)
     m_t = o_t < T
     m_tile = m_t[:, None] & (o_d < D)[None, :]
     o_row = (i_b * H + i_h) * T + o_t
     o_tile = o_row[:, None] * D + o_d[None, :]
-    p_grad += i_b * s_grad_b + i_h * s_grad_h
-    b_grad = tl.load(p_grad + o_t.to(tl.int64)[:, None] * s_grad_t + o_d[None, :], mask=m_tile, other=0.0)
-    b_local = tl.load(p_local_out + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-    b_memory = tl.load(p_memory_out + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-    b_local_lse = tl.load(p_local_lse + o_row, mask=m_t, other=0.0)
+    b_grad = load_rows(p_grad + i_b * s_grad_b + i_h * s_grad_h, o_t, s_grad_t, T, D, BD, True).to(tl.float32)
+    b_local_dot = tl.sum(b_grad * tl.load(p_local_out + o_tile, mask=m_tile, other=0.0), axis=1)
+    b_memory_dot = tl.sum(b_grad * tl.load(p_memory_out + o_tile, mask=m_tile, other=0.0), axis=1)
+    b_local_lse = tl.load(p_local_lse + o_row, mask=m_t, other=float("-inf"))
     b_memory_lse = tl.load(p_memory_lse + o_row, mask=m_t, other=float("-inf"))
 
     b_share = fusion_share(b_local_lse, b_memory_lse, p_gate, i_h)
-    b_local_dot = tl.sum(b_grad.to(tl.float32) * b_local, axis=1)
-    b_memory_dot = tl.sum(b_grad.to(tl.float32) * b_memory, axis=1)
     if p_gate is not None:
-        gate_grad = b_share * (1 - b_share) * (b_memory_dot - b_local_dot)  # share is 0 where nothing was found
-        tl.store(p_gate_grad + o_row, gate_grad, mask=m_t)
+        b_gate_grad = b_share * (1 - b_share) * (b_memory_dot - b_local_dot)  # share is 0 where nothing was found
+        tl.store(p_gate_grad + o_row, b_gate_grad, mask=m_t)
     else:
-        b_out_dot = (1 - b_share) * b_local_dot + b_share * b_memory_dot
-        b_local_dot = b_out_dot
-        b_memory_dot = b_out_dot
-    tl.store(p_share + o_row, b_share, mask=m_t)
-    tl.store(p_local_delta + o_row, (1 - b_share) * b_local_dot, mask=m_t)
-    tl.store(p_memory_delta + o_row, b_share * b_memory_dot, mask=m_t)
+        b_local_dot = (1 - b_share) * b_local_dot + b_share * b_memory_dot
+        b_memory_dot = b_local_dot
+    b_base, b_offset = _base_and_offset(p_local_lse_grad, o_row, m_t, b_local_lse, 1 - b_share, b_local_dot)
+    tl.store(p_local_base + o_row, b_base, mask=m_t)
+    tl.store(p_local_offset + o_row, b_offset, mask=m_t)
+    b_base, b_offset = _base_and_offset(p_memory_lse_grad, o_row, m_t, b_memory_lse, b_share, b_memory_dot)
+    tl.store(p_memory_base + o_row, b_base, mask=m_t)
+    tl.store(p_memory_offset + o_row, b_offset, mask=m_t)
 
 
 @triton.jit
 def memory_attention_memory_query_grad_kernel(
-    p_grad, p_query, p_key, p_value, p_ids, p_ring_index, p_lse, p_share, p_delta, p_query_grad,
+    p_grad, p_query, p_key, p_value, p_ids, p_scale, p_ring_index, p_base, p_offset, p_query_grad,
     s_grad_b, s_grad_h, s_grad_t, s_query_b, s_query_h, s_query_t,
     s_key_r, s_key_g, s_key_m, s_key_c,
     s_value_r, s_value_g, s_value_m, s_value_c,
     s_ids_b, s_ids_h, s_ids_t, s_ids_k,
     B, H, G, T, R, M, scale,
-    D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+    SAME: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dmemory_query [B, H, T, D]: gathers the tokens again, as memory_attention_memory_kernel does."""
     blocks = tl.cdiv(T, BT)
-    pid = tl.program_id(0).to(tl.int64)
-    i_block = (pid % blocks).to(tl.int32)
-    i_b = pid // blocks % B
-    i_h = pid // blocks // B
+    pid = tl.program_id(0)
+    i_block = pid % blocks
+    i_b = (pid // blocks % B).to(tl.int64)
+    i_h = (pid // blocks // B).to(tl.int64)
     i_g = i_h // (H // G)
     i_r = ring_of_row(p_ring_index, i_b, R)
 
     o_t = i_block * BT + tl.arange(0, BT)
-    o_t64 = o_t.to(tl.int64)[:, None]
-    o_d = tl.arange(0, BD)
     m_t = o_t < T
-    m_d = o_d < D
-    m_tile = m_t[:, None] & m_d[None, :]
-    p_query += i_b * s_query_b + i_h * s_query_h
-    p_grad += i_b * s_grad_b + i_h * s_grad_h
-    b_query = tl.load(p_query + o_t64 * s_query_t + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32) * scale
-    b_grad = tl.load(p_grad + o_t64 * s_grad_t + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)
+    b_query = load_rows(p_query + i_b * s_query_b + i_h * s_query_h, o_t, s_query_t, T, D, BD, True)
+    b_query = b_query.to(tl.float32) * (scale * LOG2E)
     o_row = (i_b * H + i_h) * T + o_t
-    b_lse = tl.load(p_lse + o_row, mask=m_t, other=0.0)[:, None]
-    b_share = tl.load(p_share + o_row, mask=m_t, other=0.0)[:, None]
-    b_delta = tl.load(p_delta + o_row, mask=m_t, other=0.0)[:, None]
+    b_base = tl.load(p_base + o_row, mask=m_t, other=float("inf"))
+    b_offset = tl.load(p_offset + o_row, mask=m_t, other=0.0)
+    b_grad = load_rows(p_grad + i_b * s_grad_b + i_h * s_grad_h, o_t, s_grad_t, T, D, BD, True)
+    b_grad = b_grad.to(tl.float32)
     p_key += i_r * s_key_r + i_g * s_key_g
     p_value += i_r * s_value_r + i_g * s_value_g
     p_ids += i_b * s_ids_b + i_h * s_ids_h
+    if p_scale is not None:
+        p_scale += (i_r * G + i_g) * M * 2
 
     b_query_grad = tl.zeros([BT, BD], tl.float32)
     for start in range(0, K * C, BJ):
-        o_j = start + tl.arange(0, BJ)
-        b_slot, o_c, m_there = retrieved_tokens(p_ids, o_t, o_j, T, M, s_ids_t, s_ids_k, K, C)
-        m_load = m_there[:, :, None] & m_d[None, None, :]
-        o_key = b_slot * s_key_m + (o_c * s_key_c)[None, :]  # [BT, BJ]
-        o_value = b_slot * s_value_m + (o_c * s_value_c)[None, :]
-        b_key = tl.load(p_key + o_key[:, :, None] + o_d[None, None, :], mask=m_load, other=0.0).to(tl.float32)
-        b_value = tl.load(p_value + o_value[:, :, None] + o_d[None, None, :], mask=m_load, other=0.0).to(tl.float32)
+        b_slot, o_key, o_value, m_there = retrieved_tokens(
+            p_ids, o_t, start + tl.arange(0, BJ), T, M, s_ids_t, s_ids_k, s_key_m, s_key_c, s_value_m, s_value_c,
+            K, C, SAME, WIDE,
+        )  # fmt: skip
+        b_key = load_tokens(p_key, o_key, m_there, D, BD)
+        b_value = load_tokens(p_value, o_value, m_there, D, BD)
+        b_score = tl.sum(b_query[None, :, :] * b_key, axis=2)  # [BJ, BT]
+        b_value_dot = tl.sum(b_grad[None, :, :] * b_value, axis=2)
+        if p_scale is not None:
+            b_key_scale, b_value_scale = token_scales(p_scale, p_key, b_slot, m_there)
+            b_score *= b_key_scale
+            b_value_dot *= b_value_scale
+        b_weight = tl.exp2(tl.where(m_there, b_score - b_base[None, :], float("-inf")))
+        b_score_grad = b_weight * (b_value_dot + b_offset[None, :])
+        if p_scale is not None:
+            b_score_grad *= b_key_scale
+        b_query_grad += tl.sum(b_score_grad[:, :, None] * b_key, axis=0)
 
-        b_score = tl.sum(b_query[:, None, :] * b_key, axis=2)  # [BT, BJ]
-        b_weight = tl.exp(tl.where(m_there, b_score - b_lse, float("-inf")))
-        b_value_dot = tl.sum(b_grad[:, None, :] * b_value, axis=2)
-        b_score_grad = b_weight * (b_share * b_value_dot - b_delta)
-        b_query_grad += tl.sum(b_score_grad[:, :, None] * b_key, axis=1)
-
+    o_d = tl.arange(0, BD)
     p_query_grad += o_row[:, None] * D + o_d[None, :]
-    tl.store(p_query_grad, narrow(b_query_grad * scale, p_query_grad.dtype.element_ty), mask=m_tile)
+    b_query_grad = narrow(b_query_grad * scale, p_query_grad.dtype.element_ty)
+    tl.store(p_query_grad, b_query_grad, mask=m_t[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
-def _local_score_grad(b_score, b_value_dot, b_lse, b_share, b_delta):
-    """Softmax weights and score gradients [BT, BS]; zero where a key is not seen, also in rows that see none."""
-    b_weight = tl.where(b_score == float("-inf"), 0.0, tl.exp(b_score - b_lse[:, None]))
-    return b_weight, b_weight * ((1 - b_share)[:, None] * b_value_dot - b_delta[:, None])
+def _query_grad(
+    b_query_grad, begin, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
+    b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
+    b_row, p_seed, threshold, kept_scale,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """b_query_grad with what keys begin ... end - 1 add, not yet scaled."""
+    if slope is not None and not MASKED:
+        b_base += alibi_rows(slope, o_query, first)
+    for start in range(begin, end, BS):
+        o_key = start + tl.arange(0, BS)
+        b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
+        b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)
+        b_bias = alibi_bias(slope, o_query, start, first, BS, MASKED)
+        b_score = local_scores(
+            dot(b_query, tl.trans(b_key)), b_bias, o_query[:, None], o_key[None, :], S, scale,
+            p_key_mask, s_mask_s, window, CAUSAL, MASKED,
+        )  # fmt: skip
+        b_weight = tl.exp2(b_score - b_base[:, None])
+        b_value_dot = dot(b_grad, tl.trans(b_value))
+        if p_seed is not None:
+            m_kept = kept_by_dropout(b_row[:, None], o_key[None, :], threshold)
+            b_value_dot = tl.where(m_kept, b_value_dot * kept_scale, 0.0)
+        b_score_grad = b_weight * (b_value_dot + b_offset[:, None])
+        b_query_grad += dot(narrow(b_score_grad, b_key.dtype), b_key)
+    return b_query_grad
 
 
 @triton.jit
 def memory_attention_query_grad_kernel(
-    p_grad, p_query, p_key, p_value, p_slopes, p_lse, p_share, p_delta, p_query_grad,
+    p_grad, p_query, p_key, p_value, p_slopes, p_key_mask, p_seed, p_base, p_offset, p_query_grad,
     s_grad_b, s_grad_h, s_grad_t, s_query_b, s_query_h, s_query_t,
-    s_key_b, s_key_g, s_key_s, s_value_b, s_value_g, s_value_s,
-    H, G, T, S, scale, window,
+    s_key_b, s_key_g, s_key_s, s_value_b, s_value_g, s_value_s, s_mask_b, s_mask_s,
+    H, G, T, S, scale, window, threshold, kept_scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dquery [B, H, T, D], the part that comes through the local scores."""
     blocks = tl.cdiv(T, BT)
-    pid = tl.program_id(0).to(tl.int64)
-    i_block = (blocks - 1 - pid % blocks).to(tl.int32)
-    i_h = pid // blocks % H
-    i_b = pid // blocks // H
+    pid = tl.program_id(0)
+    i_block = blocks - 1 - pid % blocks
+    i_h = (pid // blocks % H).to(tl.int64)
+    i_b = (pid // blocks // H).to(tl.int64)
     i_g = i_h // (H // G)
 
     o_t = i_block * BT + tl.arange(0, BT)
-    o_t64 = o_t.to(tl.int64)[:, None]
-    o_d = tl.arange(0, BD)
     m_t = o_t < T
-    m_d = o_d < D
-    m_tile = m_t[:, None] & m_d[None, :]
-    p_query += i_b * s_query_b + i_h * s_query_h
-    p_grad += i_b * s_grad_b + i_h * s_grad_h
-    b_query = tl.load(p_query + o_t64 * s_query_t + o_d[None, :], mask=m_tile, other=0.0)
-    b_grad = tl.load(p_grad + o_t64 * s_grad_t + o_d[None, :], mask=m_tile, other=0.0)
     o_row = (i_b * H + i_h) * T + o_t
-    b_lse = tl.load(p_lse + o_row, mask=m_t, other=0.0)
-    b_share = tl.load(p_share + o_row, mask=m_t, other=0.0)
-    b_delta = tl.load(p_delta + o_row, mask=m_t, other=0.0)
+    first = S - T + i_block * BT  # position of the first query
+    o_query = first + tl.arange(0, BT)
+    slope = alibi_slope(p_slopes, i_h)
+    b_query = load_rows(p_query + i_b * s_query_b + i_h * s_query_h, o_t, s_query_t, T, D, BD, True)
+    b_grad = load_rows(p_grad + i_b * s_grad_b + i_h * s_grad_h, o_t, s_grad_t, T, D, BD, True)
+    b_base = tl.load(p_base + o_row, mask=m_t, other=float("inf"))
+    b_offset = tl.load(p_offset + o_row, mask=m_t, other=0.0)
     p_key += i_b * s_key_b + i_g * s_key_g
     p_value += i_b * s_value_b + i_g * s_value_g
+    if p_key_mask is not None:
+        p_key_mask += i_b * s_mask_b
+    b_row = None
+    if p_seed is not None:
+        b_row = dropout_rows(p_seed, o_row)
 
     b_query_grad = tl.zeros([BT, BD], tl.float32)
-    begin, end = seen_keys(i_block * BT, T, S, CAUSAL, window, BT, BS)
-    for start in range(begin, end, BS):
-        o_s = start + tl.arange(0, BS)
-        o_s64 = o_s.to(tl.int64)[:, None]
-        m_load = (o_s < S)[:, None] & m_d[None, :]
-        b_key = tl.load(p_key + o_s64 * s_key_s + o_d[None, :], mask=m_load, other=0.0)  # [BS, BD]
-        b_value = tl.load(p_value + o_s64 * s_value_s + o_d[None, :], mask=m_load, other=0.0)
-        b_score = local_scores(b_query, b_key, p_slopes, i_h, o_t, o_s, T, S, scale, CAUSAL, window)
-        b_value_dot = dot(b_grad, tl.trans(b_value))
-        _, b_score_grad = _local_score_grad(b_score, b_value_dot, b_lse, b_share, b_delta)
-        b_query_grad += dot(narrow(b_score_grad, b_key.dtype), b_key)
+    begin, all_begin, all_end, end = seen_keys(first, first + BT - 1, S, CAUSAL, window, BS)
+    if window is not None:
+        b_query_grad = _query_grad(
+            b_query_grad, begin, all_begin, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
+            b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
+            b_row, p_seed, threshold, kept_scale, CAUSAL, True, D, BS, BD,
+        )  # fmt: skip
+    b_query_grad = _query_grad(
+        b_query_grad, all_begin, all_end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
+        b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
+        b_row, p_seed, threshold, kept_scale, CAUSAL, False, D, BS, BD,
+    )  # fmt: skip
+    b_query_grad = _query_grad(
+        b_query_grad, all_end, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
+        b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
+        b_row, p_seed, threshold, kept_scale, CAUSAL, True, D, BS, BD,
+    )  # fmt: skip
 
+    o_d = tl.arange(0, BD)
     p_query_grad += o_row[:, None] * D + o_d[None, :]
-    tl.store(p_query_grad, narrow(b_query_grad * scale, p_query_grad.dtype.element_ty), mask=m_tile)
+    b_query_grad = narrow(b_query_grad * scale, p_query_grad.dtype.element_ty)
+    tl.store(p_query_grad, b_query_grad, mask=m_t[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _key_value_grad(
+    b_key_grad, b_value_grad, begin, end, b_key, b_value, p_query, p_grad, p_base, p_offset,
+    s_query_t, s_grad_t, first_row, o_key, last, T, S, scale, slope, p_key_mask, s_mask_s, window,
+    p_seed, threshold, kept_scale,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Both gradients with what queries begin ... end - 1 of a head add. Scores are transposed: [BS, BT]."""
+    for start in range(begin, end, BT):
+        o_t = start + tl.arange(0, BT)
+        m_t = o_t < T
+        o_query = S - T + o_t
+        o_row = first_row + o_t
+        b_query = load_rows(p_query, o_t, s_query_t, T, D, BD, True)  # [BT, BD]
+        b_grad = load_rows(p_grad, o_t, s_grad_t, T, D, BD, True)
+        b_base = tl.load(p_base + o_row, mask=m_t, other=float("inf"))
+        b_offset = tl.load(p_offset + o_row, mask=m_t, other=0.0)
+        b_bias = None
+        if slope is not None and MASKED:
+            b_bias = slope * (o_key.to(tl.float32)[:, None] - o_query.to(tl.float32)[None, :])
+        elif slope is not None:  # as in `alibi_bias`
+            b_bias = (slope * (o_key - last).to(tl.float32))[:, None]
+            b_base += alibi_rows(slope, o_query, last)
+        b_score = local_scores(
+            dot(b_key, tl.trans(b_query)), b_bias, o_query[None, :], o_key[:, None], S, scale,
+            p_key_mask, s_mask_s, window, CAUSAL, MASKED,
+        )  # fmt: skip
+        b_weight = tl.exp2(b_score - b_base[None, :])
+        b_value_dot = dot(b_value, tl.trans(b_grad))
+        if p_seed is not None:
+            m_kept = kept_by_dropout(dropout_rows(p_seed, o_row)[None, :], o_key[:, None], threshold)
+            b_kept = tl.where(m_kept, b_weight * kept_scale, 0.0)
+            b_value_grad += dot(narrow(b_kept, b_grad.dtype), b_grad)
+            b_score_grad = b_kept * b_value_dot + b_weight * b_offset[None, :]
+        else:
+            b_value_grad += dot(narrow(b_weight, b_grad.dtype), b_grad)
+            b_score_grad = b_weight * (b_value_dot + b_offset[None, :])
+        b_key_grad += dot(narrow(b_score_grad, b_query.dtype), b_query)
+    return b_key_grad, b_value_grad
 
 
 @triton.jit
 def memory_attention_key_value_grad_kernel(
-    p_grad, p_query, p_key, p_value, p_slopes, p_lse, p_share, p_delta, p_key_grad, p_value_grad,
+    p_grad, p_query, p_key, p_value, p_slopes, p_key_mask, p_seed, p_base, p_offset, p_key_grad, p_value_grad,
     s_grad_b, s_grad_h, s_grad_t, s_query_b, s_query_h, s_query_t,
-    s_key_b, s_key_g, s_key_s, s_value_b, s_value_g, s_value_s,
-    H, G, T, S, scale, window,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    s_key_b, s_key_g, s_key_s, s_value_b, s_value_g, s_value_s, s_mask_b, s_mask_s,
+    H, G, T, S, scale, window, threshold, kept_scale,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dkey, dvalue [B, G, S, D] of BS keys: all heads of the group and all queries that see them, one after another."""
     blocks = tl.cdiv(S, BS)
-    pid = tl.program_id(0).to(tl.int64)
-    i_block = (pid % blocks).to(tl.int32)
-    i_g = pid // blocks % G
-    i_b = pid // blocks // G
+    pid = tl.program_id(0)
+    i_block = pid % blocks
+    i_g = (pid // blocks % G).to(tl.int64)
+    i_b = (pid // blocks // G).to(tl.int64)
 
-    o_s = i_block * BS + tl.arange(0, BS)
-    o_s64 = o_s.to(tl.int64)[:, None]
-    o_d = tl.arange(0, BD)
-    m_d = o_d < D
-    m_key = (o_s < S)[:, None] & m_d[None, :]
-    p_key += i_b * s_key_b + i_g * s_key_g
-    p_value += i_b * s_value_b + i_g * s_value_g
-    b_key = tl.load(p_key + o_s64 * s_key_s + o_d[None, :], mask=m_key, other=0.0)  # [BS, BD]
-    b_value = tl.load(p_value + o_s64 * s_value_s + o_d[None, :], mask=m_key, other=0.0)
-
-    # The queries that see a key of this block: position S - T + t from the first key to window - 1 after the last.
+    o_key = i_block * BS + tl.arange(0, BS)
+    last = i_block * BS + (BS - 1)
+    b_key = load_rows(p_key + i_b * s_key_b + i_g * s_key_g, o_key, s_key_s, S, D, BD, True)  # [BS, BD]
+    b_value = load_rows(p_value + i_b * s_value_b + i_g * s_value_g, o_key, s_value_s, S, D, BD, True)
+    if p_key_mask is not None:
+        p_key_mask += i_b * s_mask_b
+    # Queries begin ... all_begin - 1 see some of the keys, those from all_begin on see all. A window: all see some.
     begin = 0
-    end = T
+    all_begin = 0
     if CAUSAL:
         begin = tl.maximum(0, i_block * BS - (S - T)) // BT * BT
+        all_begin = tl.minimum(tl.cdiv(tl.maximum(0, last - (S - T)), BT) * BT, T)
     if window is not None:
-        end = tl.minimum(T, i_block * BS + BS - 1 + window - (S - T))
+        all_begin = tl.minimum(T, last + window - (S - T))
 
     b_key_grad = tl.zeros([BS, BD], tl.float32)
     b_value_grad = tl.zeros([BS, BD], tl.float32)
-    for i_head in range(H // G):
-        i_h = i_g * (H // G) + i_head
-        for start in range(begin, end, BT):
-            o_t = start + tl.arange(0, BT)
-            o_t64 = o_t.to(tl.int64)[:, None]
-            m_t = o_t < T
-            m_load = m_t[:, None] & m_d[None, :]
-            p_rows = p_query + i_b * s_query_b + i_h * s_query_h + o_t64 * s_query_t
-            b_query = tl.load(p_rows + o_d[None, :], mask=m_load, other=0.0)  # [BT, BD]
-            p_rows = p_grad + i_b * s_grad_b + i_h * s_grad_h + o_t64 * s_grad_t
-            b_grad = tl.load(p_rows + o_d[None, :], mask=m_load, other=0.0)
-            o_row = (i_b * H + i_h) * T + o_t
-            b_lse = tl.load(p_lse + o_row, mask=m_t, other=0.0)
-            b_share = tl.load(p_share + o_row, mask=m_t, other=0.0)
-            b_delta = tl.load(p_delta + o_row, mask=m_t, other=0.0)
+    for i_head in range(GROUP):
+        i_h = i_g * GROUP + i_head
+        slope = alibi_slope(p_slopes, i_h)
+        p_query_h = p_query + i_b * s_query_b + i_h * s_query_h
+        p_grad_h = p_grad + i_b * s_grad_b + i_h * s_grad_h
+        first_row = (i_b * H + i_h) * T
+        if CAUSAL:
+            b_key_grad, b_value_grad = _key_value_grad(
+                b_key_grad, b_value_grad, begin, all_begin, b_key, b_value, p_query_h, p_grad_h, p_base, p_offset,
+                s_query_t, s_grad_t, first_row, o_key, last, T, S, scale, slope, p_key_mask, s_mask_s, window,
+                p_seed, threshold, kept_scale, CAUSAL, True, D, BT, BD,
+            )  # fmt: skip
+        if window is None:
+            b_key_grad, b_value_grad = _key_value_grad(
+                b_key_grad, b_value_grad, all_begin, T, b_key, b_value, p_query_h, p_grad_h, p_base, p_offset,
+                s_query_t, s_grad_t, first_row, o_key, last, T, S, scale, slope, p_key_mask, s_mask_s, window,
+                p_seed, threshold, kept_scale, CAUSAL, False, D, BT, BD,
+            )  # fmt: skip
 
-            b_score = local_scores(b_query, b_key, p_slopes, i_h, o_t, o_s, T, S, scale, CAUSAL, window)
-            b_value_dot = dot(b_grad, tl.trans(b_value))
-            b_weight, b_score_grad = _local_score_grad(b_score, b_value_dot, b_lse, b_share, b_delta)
-            b_weight = b_weight * (1 - b_share)[:, None]
-            b_value_grad += dot(tl.trans(narrow(b_weight, b_grad.dtype)), b_grad)
-            b_key_grad += dot(tl.trans(narrow(b_score_grad, b_query.dtype)), b_query)
-
-    o_out = ((i_b * G + i_g) * S + o_s64) * D + o_d[None, :]
+    o_d = tl.arange(0, BD)
+    m_key = (o_key < S)[:, None] & (o_d < D)[None, :]
+    o_out = ((i_b * G + i_g) * S + o_key)[:, None] * D + o_d[None, :]
     dtype = p_key_grad.dtype.element_ty
     tl.store(p_key_grad + o_out, narrow(b_key_grad * scale, dtype), mask=m_key)
     tl.store(p_value_grad + o_out, narrow(b_value_grad, dtype), mask=m_key)
 
 
 def memory_attention_backward(
-    grad: Tensor,
+    grad: Tensor | None,
+    local_lse_grad: Tensor | None,
+    memory_lse_grad: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -253,13 +351,17 @@ def memory_attention_backward(
     memory_key: Tensor,
     memory_value: Tensor,
     chunk_ids: Tensor,
+    memory_scale: Tensor | None,
     ring_index: Tensor | None,
     gate: Tensor | None,
     alibi_slopes: Tensor | None,
+    key_mask: Tensor | None,
+    dropout_seed: Tensor | None,
     fusion: str,
     scale: float,
     causal: bool,
     window: int | None,
+    dropout_p: float,
     local_out: Tensor,
     local_lse: Tensor,
     memory_out: Tensor,
@@ -267,46 +369,55 @@ def memory_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `memory_attention_forward`: dquery, dkey, dvalue, dmemory_query, and dgate [H] float32.
 
-    dquery is the part through the local scores, dmemory_query the part through the memory scores; when one tensor is
-    both, autograd adds them. dgate is zero for "joint". Bit-equal from run to run.
+    Of its outputs, the result and the log-sum-exps have gradients; None stands for zeros. dquery is the part through
+    the local scores, dmemory_query the part through the memory scores; when one tensor is both, autograd adds them.
+    dgate is zero for "joint". Bit-equal from run to run.
     """
     B, H, T, D = query.shape
     G, S = key.shape[1:3]
-    R, _, M, C, _ = memory_key.shape
-    K = chunk_ids.shape[3]
+    R, _, M = memory_key.shape[:3]
+    K, C = chunk_ids.shape[3], memory_key.shape[3]
     query_grad, memory_query_grad = (query.new_empty((B, H, T, D)) for _ in range(2))
     key_grad, value_grad = (key.new_empty((B, G, S, D)) for _ in range(2))
     gate_grad = torch.zeros((B, H, T), dtype=torch.float32, device=query.device)
     if query.numel() == 0:
         return query_grad, key_grad.zero_(), value_grad.zero_(), memory_query_grad, gate_grad.sum((0, 2))
 
-    if grad.stride(-1) != 1:  # as of out.sum().backward(): one number, expanded
+    if grad is None:
+        grad = query.new_zeros(D).expand(query.shape)
+    elif grad.stride(-1) != 1:  # as of out.sum().backward(): one number, expanded
         grad = grad.contiguous()
-    BD = triton.next_power_of_2(D)
-    share, local_delta, memory_delta = (torch.empty_like(gate_grad) for _ in range(3))
-    local_strides = (*grad.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    local_lse_grad = None if local_lse_grad is None else local_lse_grad.contiguous()
+    memory_lse_grad = None if memory_lse_grad is None else memory_lse_grad.contiguous()
+    local_rows, memory_rows = (tuple(torch.empty_like(gate_grad) for _ in range(2)) for _ in range(2))
+    bank = bank_of(memory_key, memory_value, K * C)
+    BD = bank.options["BD"]
+    hopper = capability(query.device) >= (9, 0)
+    grad_strides = grad.stride()[:3]
+    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
+    local = (
+        *grad_strides, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides,
+        H, G, T, S, scale, window, drop_threshold(dropout_p), 1 / (1 - dropout_p),
+    )  # fmt: skip
     with torch.cuda.device_of(query):
-        BT = max(1, 4096 // BD)
-        memory_attention_delta_kernel[(triton.cdiv(T, BT) * H * B,)](
-            grad, local_out, local_lse, memory_out, memory_lse, gate, share, local_delta, memory_delta, gate_grad,
-            *grad.stride()[:3], H, T, D=D, BT=BT, BD=BD, num_warps=4,
+        BT = max(1, 2048 // BD)
+        memory_attention_offset_kernel[(triton.cdiv(T, BT) * H * B,)](
+            grad, local_lse_grad, memory_lse_grad, local_out, local_lse, memory_out, memory_lse, gate,
+            *local_rows, *memory_rows, gate_grad, *grad_strides, H, T, D=D, BT=BT, BD=BD, num_warps=4,
         )  # fmt: skip
-        BT, BJ = memory_tiles(K * C, D)
-        memory_attention_memory_query_grad_kernel[(triton.cdiv(T, BT) * B * H,)](
-            grad, memory_query, memory_key, memory_value, chunk_ids, ring_index, memory_lse, share, memory_delta,
-            memory_query_grad, *grad.stride()[:3], *memory_query.stride()[:3],
-            *memory_key.stride()[:4], *memory_value.stride()[:4], *chunk_ids.stride(),
-            B, H, G, T, R, M, scale, D=D, K=K, C=C, BT=BT, BJ=BJ, BD=BD, num_warps=4,
+        memory_attention_memory_query_grad_kernel[(triton.cdiv(T, bank.options["BT"]) * B * H,)](
+            grad, memory_query, bank.key, bank.value, chunk_ids, memory_scale, ring_index, *memory_rows,
+            memory_query_grad, *grad_strides, *memory_query.stride()[:3], *bank.strides,
+            *chunk_ids.stride(), B, H, G, T, R, M, scale, K=K, **bank.options, num_warps=1,
         )  # fmt: skip
-        tiles = local_backward_tiles(query.dtype, D)
-        options = {"CAUSAL": causal, "D": D, "BT": tiles.BT, "BS": tiles.BS, "BD": BD}
-        options |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+        tiles = query_grad_tiles(query.dtype, D, hopper)
         memory_attention_query_grad_kernel[(triton.cdiv(T, tiles.BT) * H * B,)](
-            grad, query, key, value, alibi_slopes, local_lse, share, local_delta, query_grad,
-            *local_strides, H, G, T, S, scale, window, **options,
+            grad, query, key, value, alibi_slopes, key_mask, dropout_seed, *local_rows, query_grad,
+            *local, CAUSAL=causal, D=D, BD=BD, **vars(tiles),
         )  # fmt: skip
+        tiles = key_value_grad_tiles(query.dtype, D, hopper, dropout_seed is not None)
         memory_attention_key_value_grad_kernel[(triton.cdiv(S, tiles.BS) * G * B,)](
-            grad, query, key, value, alibi_slopes, local_lse, share, local_delta, key_grad, value_grad,
-            *local_strides, H, G, T, S, scale, window, **options,
+            grad, query, key, value, alibi_slopes, key_mask, dropout_seed, *local_rows,
+            key_grad, value_grad, *local, GROUP=H // G, CAUSAL=causal, D=D, BD=BD, **vars(tiles),
         )  # fmt: skip
     return query_grad, key_grad, value_grad, memory_query_grad, gate_grad.sum((0, 2))
