@@ -1,4 +1,4 @@
-"""The command line: `longmem train | eval | generate | recall | quickstart | bench | profile`."""
+"""The command line: `longmem train | probe-layers | eval | generate | recall | quickstart | bench | profile`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from .console import (
     evaluate_with_bar,
     load_documents,
     load_run,
+    probe_with_bars,
     recall_with_bar,
     remember_with_bar,
     save_report,
+    split_documents,
     train_with_bar,
 )
 from .data.documents import CORPORA
 from .data.fetch import FetchError
 from .data.stream import SegmentStream
+from .evaluate.probe import ProbePlan, default_candidates
 from .model import LongMem
 from .quickstart import run_quickstart
 from .states import StateCache, encode_now
@@ -148,6 +151,55 @@ def train(
         stream = SegmentStream(documents, rows=rows, segment=segment, seed=seed, repeat=True)
         train_with_bar(Trainer(model, stream, cache or encode_now(model), config, out, tensorboard=tensorboard))
         typer.echo(f"saved {out}/longmem.safetensors; metrics in {out}/metrics.jsonl")
+
+
+@app.command("probe-layers")
+def probe(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Where states, runs and probe.json go; what is there is not done again.")],
+    backbone: Annotated[
+        str, typer.Option(help="smollm2, or a folder or hub name of a transformers model.")
+    ] = "smollm2",
+    layers: Annotated[
+        list[int] | None, typer.Option("--layer", help="Candidate, may be repeated; default: ten, evenly spread.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps per candidate.")] = 30,
+    rows: Annotated[int, typer.Option(help="Documents side by side.")] = TrainConfig.rows,
+    learning_rate: float = TrainConfig.learning_rate,
+    segment: Annotated[int, typer.Option(help="Tokens encoded at once: the local context.")] = 256,
+    memory_tokens: Annotated[int, typer.Option(help="Capacity of a row's memory.")] = 16_384,
+    chunk_size: Annotated[int, typer.Option(help="Tokens per chunk.")] = 4,
+    chunks_per_query: Annotated[int, typer.Option(help="Chunks retrieved per token and head.")] = 16,
+    fusion: Annotated[str, typer.Option(help="joint or gated.")] = "joint",
+    held_out: Annotated[int, typer.Option(help="Documents measured on: of files the last ones.")] = 3,
+    score_from: Annotated[int, typer.Option(help="Tokens of each that fill the memory before scoring.")] = 4096,
+    document_tokens: Annotated[int, typer.Option(help="Tokens of each held-out document used.")] = 8192,
+    seed: int = TrainConfig.seed,
+    precision: Precision = "auto",
+    device: Device = "auto",
+) -> None:
+    """Rank layers by what a document's own memory is worth there over another's, after a short training of the read."""
+    frozen, tokenizer = load_backbone(backbone, choose_device(device))
+    candidates = sorted(set(layers)) if layers else default_candidates(len(frozen.layers))
+    shortest = score_from + segment + 1
+    training, measured = split_documents(data, tokenizer, held_out, min_tokens=shortest)
+    # No more is encoded than is used.
+    training = [tokens[: steps * segment + 1] for tokens in training[: max(rows, 1)]]
+    measured = [tokens[: document_tokens + 1] for tokens in measured]
+    config = LongMemConfig(
+        memory_layers=(candidates[0],),
+        segment=segment,
+        memory_tokens=memory_tokens,
+        chunk_size=chunk_size,
+        chunks_per_query=chunks_per_query,
+        fusion=fusion,
+    )
+    train_config = TrainConfig(
+        steps=steps, rows=rows, learning_rate=learning_rate, save_every=steps, precision=precision, seed=seed
+    )
+    plan = ProbePlan(config, train_config, score_from, out)
+    report = probe_with_bars(frozen, candidates, training, measured, plan)
+    typer.echo(f"{report.table()}\n{report.verdict()}")
 
 
 @app.command("eval")

@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from longmem_kernels.info import report as kernels_report
 
+from .backbones import Backbone
 from .backbones.load import load_backbone
 from .data.documents import CORPORA, Document, named_corpus, read_documents
 from .data.stream import tokenize_documents
 from .evaluate.perplexity import PerplexityReport, perplexity
 from .evaluate.plots import plot_perplexity, plot_recall
+from .evaluate.probe import ProbePlan, ProbeReport, probe_layers
 from .memory import MemoryBank
 from .model import LongMem
 from .precision import autocast, resolve_precision
@@ -65,6 +67,26 @@ def load_documents(
     tokens = [ids[:cut] for ids in tokens]
     typer.echo(f"{split}: {len(tokens)} documents, {sum(map(len, tokens)):,} tokens", err=True)
     return tokens
+
+
+def split_documents(
+    data: list[str], tokenizer: Any, held_out: int, *, min_tokens: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Documents to train on and to measure on: the splits of named corpora, or all but the last `held_out` files.
+
+    Raises:
+        ValueError: there are too few documents.
+    """
+    if all(name in CORPORA for name in data):
+        train = load_documents(data, "train", tokenizer, min_tokens=min_tokens)
+        return train, load_documents(data, "test", tokenizer, min_tokens=min_tokens)[:held_out]
+    documents = load_documents(data, "all", tokenizer, min_tokens=min_tokens)
+    if len(documents) <= held_out:
+        raise ValueError(
+            f"wanted more than {held_out} documents of {min_tokens} tokens or more ({held_out} are held out), got"
+            f" {len(documents)}"
+        )
+    return documents[:-held_out], documents[-held_out:]
 
 
 def announce(model: LongMem, precision: str) -> None:
@@ -157,3 +179,30 @@ def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) ->
     plot_recall(found, folder / "recall.png", f"Associative recall, {config.capacity:,} tokens of memory")
     typer.echo(f"wrote {folder}/recall.json and {folder}/recall.png", err=True)
     return found
+
+
+def probe_with_bars(
+    backbone: Backbone,
+    candidates: list[int],
+    training: list[torch.Tensor],
+    held_out: list[torch.Tensor],
+    plan: ProbePlan,
+) -> ProbeReport:
+    """Probe the layers; write probe.json."""
+    tokens = sum(map(len, [*training, *held_out]))
+    segments = min((len(document) - 1) // plan.config.segment for document in held_out) * len(held_out)
+    steps = len(candidates) * (plan.train.steps + segments)
+    with (
+        tqdm(total=tokens, desc="encode", unit="tok", unit_scale=True) as encoding,
+        tqdm(total=steps, desc="probe", unit="step") as probing,
+    ):
+
+        def told(layer: int, what: str) -> None:
+            probing.set_description(f"layer {layer}, {'train' if what == 'step' else 'evaluate'}", refresh=False)
+            probing.update()
+
+        report = probe_layers(backbone, candidates, training, held_out, plan, encoded=encoding.update, progress=told)
+    about = {"backbone": backbone.name, "train": asdict(plan.train), "config": plan.config.to_dict()}
+    (plan.folder / "probe.json").write_text(json.dumps(report.as_dict() | about, indent=2) + "\n")
+    typer.echo(f"wrote {plan.folder}/probe.json", err=True)
+    return report

@@ -72,7 +72,7 @@ class SegmentDecoder:
             room = min(segment - (cache.length - start) for start in cache.starts)
             piece, tokens = tokens[:, :room], tokens[:, room:]
             states = model.backbone.encode(piece, model.config.memory_layers, model.sidenet.depths, cache)
-            hidden = model.sidenet(states, self.memory, self.upper)
+            hidden = model.sidenet(states, self.memory, caches=self.upper)
             key, value = self.unwritten.extend(states.key, states.value)
             full = [row for row, start in enumerate(cache.starts) if cache.length - start == segment]
             if full:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones.base import Backbone, States
+from .backbones.load import load_backbone
 from .config import LongMemConfig
 from .data.stream import IGNORE
 from .files import load_tensors, save_tensors
@@ -200,25 +201,45 @@ class LongMem(nn.Module):
         return decode(self, tokens, memory, mask, max_new_tokens, sampler, Stop.at(eos, pad, stopping_criteria))
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write config.json and longmem.safetensors (SideNet only; the backbone is named, not copied). `weights`: its
-        `state_dict`, where the parameters themselves are in pieces (FSDP)."""
+        """Write config.json and longmem.safetensors: what is trained. The backbone is named, and what the SideNet
+        copies from it and keeps frozen is copied again. `weights`: the SideNet's `state_dict`, where the parameters
+        themselves are in pieces (FSDP)."""
         about = {"config": self.config.to_dict(), "backbone": self.backbone.name, "fingerprint": self.fingerprint}
-        folder = Path(folder)
-        weights = {name: tensor.detach().cpu() for name, tensor in (weights or self.sidenet.state_dict()).items()}
-        save_tensors(folder / _WEIGHTS, weights, _KIND, about)
+        folder, trained = Path(folder), self.trainable()
+        found = trained if weights is None else weights
+        save_tensors(folder / _WEIGHTS, {name: found[name].detach().cpu() for name in trained}, _KIND, about)
         (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, backbone: Backbone) -> LongMem:
-        """Raises ValueError when the folder holds no LongMem, or one that was trained on another backbone."""
+    def from_pretrained(
+        cls, folder: str | Path, backbone: Backbone | None = None, *, device: torch.device | str = "cpu"
+    ) -> LongMem:
+        """Load what `save_pretrained` wrote, around `backbone` or, without one, around the backbone of the name that it
+        was trained on, loaded to `device`.
+
+        Raises:
+            ValueError: the folder holds no LongMem, or one that was trained on another backbone, or on one that cannot
+                be loaded by its name.
+        """
         weights, about = load_tensors(Path(folder) / _WEIGHTS, _KIND)
+        if backbone is None:
+            try:
+                backbone, _ = load_backbone(about["backbone"], device)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"LongMem.from_pretrained: {folder} needs the backbone {about['backbone']!r}, which cannot be"
+                    f" loaded by that name; pass it as `backbone` ({error})"
+                ) from error
         model = cls(backbone, LongMemConfig.from_dict(about["config"]))
         if about["fingerprint"] != model.fingerprint:
             raise ValueError(
                 f"LongMem.from_pretrained: {folder} was trained on backbone {about['backbone']!r}"
                 f" ({about['fingerprint']}), got {backbone.name!r} ({model.fingerprint})"
             )
-        model.sidenet.load_state_dict(weights)
+        different = weights.keys() ^ model.trainable().keys()
+        if different:
+            raise ValueError(f"LongMem.from_pretrained: {folder} misses, or should not have, {sorted(different)}")
+        model.sidenet.load_state_dict(weights, strict=False)
         return model
 
     def _check(self, tokens: Tensor, memory: MemoryBank | None) -> None:

@@ -140,6 +140,7 @@ class SideNet(nn.Module):
         self,
         states: States,
         memory: MemoryBank | None,
+        *,
         caches: list[LayerCache] | None = None,
         shares: list[Tensor] | None = None,
     ) -> Tensor:

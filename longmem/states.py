@@ -47,6 +47,7 @@ class StateCache:
         folder: where the files go. They are named by content, so texts and models can share it.
         rows: segments encoded at once.
         precision: of the encoder's matrix products, see `longmem.precision`.
+        dtype: that files hold; None: as they were computed. States come out as the backbone's.
     """
 
     def __init__(
@@ -57,19 +58,15 @@ class StateCache:
         *,
         rows: int = 4,
         precision: str = "auto",
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.documents, self.folder, self.rows = model, documents, Path(folder), rows
-        self.precision = resolve_precision(precision, model.backbone.device)
+        self.precision, self.dtype = resolve_precision(precision, model.backbone.device), dtype
         self._open: dict[int, dict[str, Tensor]] = {}
 
     def fill(self, progress: Callable[[int], object] | None = None) -> None:
         """Encode what is not on disk yet. `progress` is told the number of tokens after each step."""
-        for index, tokens in enumerate(self.documents):
-            if self._path(index).exists():
-                if progress is not None:
-                    progress(len(tokens))
-                continue
-            self._encode(index, progress)
+        fill_together([self], progress)
 
     def __call__(self, batch: Batch) -> States:
         length = batch.tokens.shape[1]
@@ -77,6 +74,8 @@ class StateCache:
         rows = [self._segment(document, start, length) for document, start in places]
         device = self.model.backbone.device
         stacked = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+        if self.dtype is not None:
+            stacked = {name: tensor.to(self.model.backbone.dtype) for name, tensor in stacked.items()}
         hidden = {depth: stacked[f"hidden_{depth}"] for depth in self.model.sidenet.depths}
         return States(hidden, stacked["key"].transpose(1, 2), stacked["value"].transpose(1, 2))
 
@@ -92,35 +91,67 @@ class StateCache:
 
     def _document(self, index: int) -> dict[str, Tensor]:
         if index not in self._open:
-            path = self._path(index)
+            path = self.path(index)
             if not path.exists():
-                self._encode(index, None)
+                _encode([self], index, None)
             self._open[index], _ = load_tensors(path, _KIND)
         return self._open[index]
 
-    def _path(self, index: int) -> Path:
+    def path(self, index: int) -> Path:
+        """Where the states of a document are, or will be."""
         about = (
             f"{self.model.fingerprint} {sorted(self.model.sidenet.depths)} {self.model.config.segment} {self.precision}"
         )
+        if self.dtype is not None:
+            about += f" {self.dtype}"
         digest = hashlib.sha256(about.encode() + self.documents[index].numpy().tobytes())
         return self.folder / f"{digest.hexdigest()[:24]}.safetensors"
 
-    def _encode(self, index: int, progress: Callable[[int], object] | None) -> None:
+    def pieces(self, index: int) -> list[Tensor]:
+        """A document's segments, [rows, T] at a time, and what is left over."""
         tokens, segment = self.documents[index], self.model.config.segment
         whole = len(tokens) // segment * segment
         pieces = list(tokens[:whole].view(-1, segment).split(self.rows)) if whole else []
-        if whole < len(tokens):
-            pieces.append(tokens[None, whole:])
-        parts: dict[str, list[Tensor]] = {}
-        for piece in pieces:
-            with autocast(self.precision, self.model.backbone.device):
-                states = self.model.backbone.encode(
-                    piece.to(self.model.backbone.device), self.model.config.memory_layers, self.model.sidenet.depths
-                )
-            found = {f"hidden_{depth}": hidden for depth, hidden in states.hidden.items()}
-            found |= {"key": states.key.transpose(1, 2), "value": states.value.transpose(1, 2)}
-            for name, tensor in found.items():  # token axis first, rows one after another
-                parts.setdefault(name, []).append(tensor.flatten(0, 1).cpu())
-            if progress is not None:
-                progress(piece.numel())
-        save_tensors(self._path(index), {name: torch.cat(tensors) for name, tensors in parts.items()}, _KIND, {})
+        return [*pieces, tokens[None, whole:]] if whole < len(tokens) else pieces
+
+    def kept(self, states: States, layers: Sequence[int]) -> dict[str, Tensor]:
+        """Of states with the keys and values of `layers` those of this cache's model: token axis first, rows one after
+        another."""
+        heads = states.key.shape[1] // len(layers)
+        places = [layers.index(layer) for layer in self.model.config.memory_layers]
+        found = {f"hidden_{depth}": states.hidden[depth] for depth in self.model.sidenet.depths}
+        for name, tensor in (("key", states.key), ("value", states.value)):
+            mine = [tensor[:, place * heads : (place + 1) * heads] for place in places]
+            found[name] = torch.cat(mine, 1).transpose(1, 2)
+        return {name: tensor.flatten(0, 1).to("cpu", self.dtype or tensor.dtype) for name, tensor in found.items()}
+
+
+def fill_together(caches: Sequence[StateCache], progress: Callable[[int], object] | None = None) -> None:
+    """Fill caches of the same backbone and documents that differ in what they keep, in one pass of the encoder.
+
+    `progress` is told the number of tokens after each step.
+    """
+    for index, tokens in enumerate(caches[0].documents):
+        missing = [cache for cache in caches if not cache.path(index).exists()]
+        if missing:
+            _encode(missing, index, progress)
+        elif progress is not None:
+            progress(len(tokens))
+
+
+def _encode(caches: Sequence[StateCache], index: int, progress: Callable[[int], object] | None) -> None:
+    """Encode one document, once, and write the file of each cache."""
+    backbone = caches[0].model.backbone
+    layers = sorted(set().union(*(cache.model.config.memory_layers for cache in caches)))
+    depths = set().union(*(cache.model.sidenet.depths for cache in caches))
+    parts: list[dict[str, list[Tensor]]] = [{} for _ in caches]
+    for piece in caches[0].pieces(index):
+        with autocast(caches[0].precision, backbone.device):
+            states = backbone.encode(piece.to(backbone.device), layers, depths)
+        for cache, mine in zip(caches, parts, strict=True):
+            for name, tensor in cache.kept(states, layers).items():
+                mine.setdefault(name, []).append(tensor)
+        if progress is not None:
+            progress(piece.numel())
+    for cache, mine in zip(caches, parts, strict=True):
+        save_tensors(cache.path(index), {name: torch.cat(tensors) for name, tensors in mine.items()}, _KIND, {})

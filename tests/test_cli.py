@@ -86,6 +86,22 @@ def test_train_then_eval_then_generate(
     assert "memory: 64 tokens, 100% full" in shown.err
 
 
+def test_probed_layers_can_be_trained(
+    backbone: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "probe"
+    small = ["--segment", "16", "--memory-tokens", "64", "--chunks-per-query", "3", "--steps", "2", "--rows", "1"]
+    measured = ["--held-out", "2", "--score-from", "64", "--document-tokens", "128", "--precision", "float32"]
+    assert run("probe-layers", "--backbone", backbone, "--data", texts, "--out", out, *small, *measured) == 0
+    shown = capsys.readouterr().out
+    assert "own - other memory" in shown and ("--memory-layer" in shown or "no layer reads" in shown)
+    winner = json.loads((out / "probe.json").read_text())["winner"]
+    assert train(backbone, texts, tmp_path / "run", "--memory-layer", str(winner)) == 0
+    too_many = [*measured, "--held-out", "3"]
+    assert run("probe-layers", "--backbone", backbone, "--data", texts, "--out", out, *small, *too_many) != 0
+    assert "wanted more than 3 documents" in capsys.readouterr().err
+
+
 def test_training_goes_on_where_it_was(
     backbone: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, VOCABULARY, tiny_backbone, tiny_longmem
+from models import FAMILIES, VOCABULARY, tiny_backbone, tiny_huggingface, tiny_longmem
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from longmem import LongMem, LongMemConfig
+from longmem.backbones.load import load_backbone
+from longmem.files import load_tensors, save_tensors
 
 
 def tokens(rows: int, length: int) -> torch.Tensor:
@@ -160,8 +165,11 @@ def test_remembering_equals_walking() -> None:
         torch.testing.assert_close(remembered.state_dict()[name], tensor)
 
 
-def test_a_saved_model_comes_back_on_its_backbone_and_on_no_other(tmp_path: Path) -> None:
-    model = tiny_longmem(fusion="gated")
+@pytest.mark.parametrize(
+    "options", [{}, {"sidenet": "exact"}, {"sidenet": "exact", "trainable": "all", "memory_layers": (1, 3)}]
+)
+def test_a_saved_model_comes_back_on_its_backbone_and_on_no_other(options: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_longmem(fusion="gated", **options)
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.add_(torch.randn_like(parameter))
@@ -172,11 +180,39 @@ def test_a_saved_model_comes_back_on_its_backbone_and_on_no_other(tmp_path: Path
     for _ in range(2):
         first, second = (m(ids, memory).logits for m, memory in zip((model, again), memories, strict=True))
         assert torch.equal(first, second)
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 50_000, "the backbone must not be saved"
+    stored, _ = load_tensors(tmp_path / "longmem.safetensors", "longmem model")
+    assert stored.keys() == model.trainable().keys(), "neither the backbone nor frozen copies of it are saved"
     with pytest.raises(ValueError, match="was trained on backbone 'llama'"):
         LongMem.from_pretrained(tmp_path, tiny_backbone("qwen2"))
     with pytest.raises(ValueError, match=r"there is no file .*longmem\.safetensors"):
         LongMem.from_pretrained(tmp_path / "nowhere", model.backbone)
+
+
+def test_a_saved_model_finds_its_backbone_by_name(tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
+    for part in (tiny_huggingface("llama"), tokenizer):
+        part.save_pretrained(tmp_path / "backbone")
+    backbone, _ = load_backbone(str(tmp_path / "backbone"))
+    model = LongMem(backbone, LongMemConfig(memory_layers=(2,), segment=12, memory_tokens=64))
+    with torch.no_grad():
+        model.sidenet.reads["0"].output.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "run")
+    again, ids = LongMem.from_pretrained(tmp_path / "run"), tokens(1, 12)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    backbone.name = str(tmp_path / "gone")
+    model.save_pretrained(tmp_path / "run")
+    with pytest.raises(ValueError, match="gone', which cannot be loaded by that name; pass it as `backbone`"):
+        LongMem.from_pretrained(tmp_path / "run")
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    model = tiny_longmem()
+    model.save_pretrained(tmp_path)
+    stored, about = load_tensors(tmp_path / "longmem.safetensors", "longmem model")
+    del stored["reads.0.log_temperature"]
+    save_tensors(tmp_path / "longmem.safetensors", stored, "longmem model", about)
+    with pytest.raises(ValueError, match=r"misses, or should not have, \['reads\.0\.log_temperature'\]"):
+        LongMem.from_pretrained(tmp_path, model.backbone)
 
 
 def test_a_memory_of_another_model_is_refused() -> None:
