@@ -189,9 +189,10 @@ def test_killed_at_any_moment_they_end_where_unkilled_ones_do(parallel: str, tmp
     for i in range(6):
         processes = [process for process, _ in start_ranks(2, train_saving_slowly, tmp_path, folder, *arguments)]
         wait_for(processes, lambda: newest_step(folder) > reached[-1])
-        if i % 2 == 0:
-            wait_for(processes, lambda: any(folder.glob("*.part/*")))
-        time.sleep(moment.random() * 0.1)
+        # At the start of a save, at its end, or at any time.
+        if sign := ("*.part/about.json", "*.part/process-0.json", None)[i % 3]:
+            wait_for(processes, lambda sign=sign: any(folder.glob(sign)))
+        time.sleep(moment.random() * (0.01 if sign else 0.2))
         moment.shuffle(processes)
         for process in processes:
             process.kill()
