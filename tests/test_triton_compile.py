@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton_budget import SHARED_BYTES, Launch, compile_for, launches
+from triton_budget import SHARED_BYTES, Launch, compile_for, disassembled, innermost_loops, launches
 
 import longmem_kernels  # noqa: F401  (declares the ops)
 from longmem_kernels._dispatch import _interpreted
@@ -89,3 +89,18 @@ def test_compiles_within_budget(case: str, capability: int, record_property: pyt
         if not usage.fits(capability):
             over.append(f"{launch.name}: {usage}")
     assert not over, "\n".join(over)
+
+
+def test_innermost_loops_are_found() -> None:
+    jump = "        /*0010*/               @P0 BRA `(.L_x_{}) ;"
+    body = ["        /*0000*/                   FADD R1, R2, R3 ;"] * 5
+    code = [".L_x_0:", *body, ".L_x_1:", *body, jump.format(1), *body, jump.format(0), jump.format(9), ".L_x_9:", *body]
+    assert [len(loop) for loop in innermost_loops("\n".join(code))] == [6]
+
+
+def test_local_attention_multiplies_matrices_in_an_unmasked_loop() -> None:
+    """On Hopper's tensor cores; the loop where causal attention spends its time has fewer instructions."""
+    (launch,) = [x for x in op_launches(90) if x.name == "memory_attention_local_kernel"]
+    loops = [[line for line in loop if "/*" in line] for loop in innermost_loops(disassembled(launch, 90))]
+    unmasked, masked = (loop for loop in loops if any("HGMMA" in line for line in loop))
+    assert len(unmasked) < 0.75 * len(masked)

@@ -73,7 +73,16 @@ def launches() -> Iterator[list[Launch]]:
 
 
 def compile_for(launch: Launch, capability: int) -> Usage:
-    """Machine code of the launch for sm_`capability`, and what it uses."""
+    """What the machine code of the launch for sm_`capability` uses."""
+    compiled = _compiled(launch, capability)
+    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def disassembled(launch: Launch, capability: int) -> str:
+    return _read_cubin(triton.knobs.nvidia.nvdisasm.path, "--print-code", _compiled(launch, capability).asm["cubin"])
+
+
+def _compiled(launch: Launch, capability: int) -> Any:
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -93,20 +102,19 @@ def compile_for(launch: Launch, capability: int) -> Usage:
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
-    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 
 
-def _usage(cubin: bytes, shared_bytes: int) -> Usage:
+def _read_cubin(tool: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
-        def read(tool: str, option: str) -> str:
-            return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
-        report = read(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
-        code = read(triton.knobs.nvidia.nvdisasm.path, "--print-code")
+def _usage(cubin: bytes, shared_bytes: int) -> Usage:
+    report = _read_cubin(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
+    code = _read_cubin(triton.knobs.nvidia.nvdisasm.path, "--print-code", cubin)
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     spills = sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for loop in innermost_loops(code) for line in loop)
     return Usage(used["REG"], used["STACK"] + used["LOCAL"], spills, shared_bytes)
