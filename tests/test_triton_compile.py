@@ -9,7 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
+<<<<<<< HEAD
 from triton_budget import SHARED_BYTES, Launch, compile_for, launches, loop_instructions, machine_code
+=======
+from triton_budget import SHARED_BYTES, Launch, compile_for, disassembled, innermost_loops, launches
+>>>>>>> w/attn-triton
 
 import longmem_kernels  # noqa: F401  (declares the ops)
 from longmem_kernels._dispatch import _interpreted
@@ -91,6 +95,7 @@ def test_compiles_within_budget(case: str, capability: int, record_property: pyt
     assert not over, "\n".join(over)
 
 
+<<<<<<< HEAD
 # Instructions that a score costs in the main loop of the search where nothing is worth keeping.
 PER_SCORE = {
     (90, 64): 3.9,
@@ -112,3 +117,18 @@ def test_scores_of_chunk_topk_are_cheap(capability: int, head_dim: int) -> None:
     assert len(instructions) / scores <= PER_SCORE[capability, head_dim]
     if capability == 90:  # maxima never leave the thread that holds the scores
         assert not [text for text in instructions if "SHFL" in text]
+=======
+def test_innermost_loops_are_found() -> None:
+    jump = "        /*0010*/               @P0 BRA `(.L_x_{}) ;"
+    body = ["        /*0000*/                   FADD R1, R2, R3 ;"] * 5
+    code = [".L_x_0:", *body, ".L_x_1:", *body, jump.format(1), *body, jump.format(0), jump.format(9), ".L_x_9:", *body]
+    assert [len(loop) for loop in innermost_loops("\n".join(code))] == [6]
+
+
+def test_local_attention_multiplies_matrices_in_an_unmasked_loop() -> None:
+    """On Hopper's tensor cores; the loop where causal attention spends its time has fewer instructions."""
+    (launch,) = [x for x in op_launches(90) if x.name == "memory_attention_local_kernel"]
+    loops = [[line for line in loop if "/*" in line] for loop in innermost_loops(disassembled(launch, 90))]
+    unmasked, masked = (loop for loop in loops if any("HGMMA" in line for line in loop))
+    assert len(unmasked) < 0.75 * len(masked)
+>>>>>>> w/attn-triton

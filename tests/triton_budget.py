@@ -76,6 +76,7 @@ def launches() -> Iterator[list[Launch]]:
 
 def compile_for(launch: Launch, capability: int) -> Usage:
     """What the machine code of the launch for sm_`capability` uses."""
+<<<<<<< HEAD
     cubin, shared_bytes = machine_code(launch, capability)
     report = _cuobjdump(cubin, "--dump-resource-usage")
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
@@ -86,6 +87,17 @@ def compile_for(launch: Launch, capability: int) -> Usage:
 
 def machine_code(launch: Launch, capability: int) -> tuple[bytes, int]:
     """The launch compiled for sm_`capability`, and the bytes of shared memory it wants."""
+=======
+    compiled = _compiled(launch, capability)
+    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def disassembled(launch: Launch, capability: int) -> str:
+    return _read_cubin(triton.knobs.nvidia.nvdisasm.path, "--print-code", _compiled(launch, capability).asm["cubin"])
+
+
+def _compiled(launch: Launch, capability: int) -> Any:
+>>>>>>> w/attn-triton
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -105,6 +117,7 @@ def machine_code(launch: Launch, capability: int) -> tuple[bytes, int]:
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+<<<<<<< HEAD
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     return compiled.asm["cubin"], compiled.metadata.shared
 
@@ -135,6 +148,24 @@ def loop_instructions(cubin: bytes) -> list[str]:
     while way[-1] != start:
         way.append(came_from[way[-1]])
     return [code[at] for at in reversed(way)]
+=======
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def _read_cubin(tool: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _usage(cubin: bytes, shared_bytes: int) -> Usage:
+    report = _read_cubin(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
+    code = _read_cubin(triton.knobs.nvidia.nvdisasm.path, "--print-code", cubin)
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    spills = sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for loop in innermost_loops(code) for line in loop)
+    return Usage(used["REG"], used["STACK"] + used["LOCAL"], spills, shared_bytes)
+>>>>>>> w/attn-triton
 
 
 def innermost_loops(code: str) -> Iterator[list[str]]:

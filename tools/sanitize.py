@@ -9,6 +9,7 @@ Results are only required to be finite where they should be; correctness is for 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -42,21 +43,31 @@ def run_chunk_topk(impl: str, device: str, dtype: torch.dtype) -> None:
 
 
 def run_memory_attention(impl: str, device: str, dtype: torch.dtype) -> None:
-    """Both fusions, forward and backward, with missing ids, ALiBi, a window, and a cache longer than the segment."""
-    memory_key, memory_value = torch.randn(2, B, G, M, C, D, device=device, dtype=dtype)
-    slopes = torch.rand(H, device=device)
-    for fusion, tokens, window in (("gated", T, None), ("joint", T, 11), ("gated", 1, None)):
-        query = torch.randn(B, H, tokens, D, device=device, dtype=dtype, requires_grad=True)
-        key = torch.randn(B, G, T + 8, D, device=device, dtype=dtype, requires_grad=True)
-        value = torch.randn_like(key, requires_grad=True)
-        gate = torch.randn(H, device=device, requires_grad=True) if fusion == "gated" else None
-        ids = torch.randint(-1, M, (B, H, tokens, K), device=device, dtype=torch.int32)
-        out = memory_attention(
-            query, key, value, memory_key, memory_value, ids,
-            fusion=fusion, gate=gate, alibi_slopes=slopes, window=window, impl=impl,
-        )  # fmt: skip
-        out.sum().backward()
-        assert out.isfinite().all() and query.grad is not None and query.grad.isfinite().all()
+    """A segment and a single query, after a cache: every option, every output and its gradient, missing ids."""
+    memory = torch.randn(2, B, G, M, C, D, device=device)
+    scale = memory.abs().amax((4, 5)).movedim(0, -1).contiguous() / 448
+    float8 = (memory / scale.movedim(-1, 0)[..., None, None]).to(torch.float8_e4m3fn)
+    shared = {"alibi_slopes": torch.rand(H, device=device), "return_lse": True, "return_memory_share": True}
+    mask = torch.rand(B, T + 8, device=device) < 0.7
+    cases: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("gated", {}),
+        ("joint", {"window": 11, "key_mask": mask}),
+        ("gated", {"dropout_p": 0.3, "dropout_seed": 7}),
+        ("joint", {"memory_scale": scale}),
+    )
+    for tokens in (T, 1):
+        for fusion, options in cases:
+            query = torch.randn(B, H, tokens, D, device=device, dtype=dtype, requires_grad=True)
+            key = torch.randn(B, G, T + 8, D, device=device, dtype=dtype, requires_grad=True)
+            value = torch.randn_like(key, requires_grad=True)
+            gate = torch.randn(H, device=device, requires_grad=True) if fusion == "gated" else None
+            ids = torch.randint(-1, M, (B, H, tokens, K), device=device, dtype=torch.int32)
+            stored = float8 if "memory_scale" in options else memory.to(dtype)
+            results = memory_attention(
+                query, key, value, *stored, ids, fusion=fusion, gate=gate, **shared, **options, impl=impl
+            )
+            sum(torch.where(result == -torch.inf, 0.0, result).sum() for result in results).backward()
+            assert results[0].isfinite().all() and query.grad is not None and query.grad.isfinite().all()
 
 
 RUNS = {"ring_write": run_ring_write, "chunk_topk": run_chunk_topk, "memory_attention": run_memory_attention}

@@ -199,6 +199,8 @@ void chunk_topk_few_task(const ChunkTopkParams& p, int64_t task) {
       return FewTask<Scalar::bf16>(p, task).run();
     case Scalar::f16:
       return FewTask<Scalar::f16>(p, task).run();
+    case Scalar::e4m3:
+      return;  // centroids never are; the binding refuses them
   }
 }
 

@@ -10,7 +10,9 @@
 
 namespace longmem {
 
-inline Scalar scalar_of(torch::headeronly::ScalarType type, const char* op, const char* argument) {
+// `quantised`: whether the argument may be float8_e4m3fn, which only memory is.
+inline Scalar scalar_of(torch::headeronly::ScalarType type, const char* op, const char* argument,
+                        bool quantised = false) {
   switch (type) {
     case torch::headeronly::ScalarType::Float:
       return Scalar::f32;
@@ -19,10 +21,11 @@ inline Scalar scalar_of(torch::headeronly::ScalarType type, const char* op, cons
     case torch::headeronly::ScalarType::Half:
       return Scalar::f16;
     case torch::headeronly::ScalarType::Float8_e4m3fn:
-      return Scalar::e4m3;
+      if (quantised) return Scalar::e4m3;
+      [[fallthrough]];
     default:
-      STD_TORCH_CHECK(false, op, ": ", argument,
-                      " must be float32, bfloat16, float16 or float8_e4m3fn, got ScalarType ",
+      STD_TORCH_CHECK(false, op, ": ", argument, " must be float32, bfloat16",
+                      quantised ? ", float16 or float8_e4m3fn" : " or float16", ", got ScalarType ",
                       static_cast<int>(type));
   }
 }

@@ -111,7 +111,7 @@ MemoryAttentionParams params_of(const Inputs& in) {
   p.dropout_threshold = static_cast<uint32_t>(in.dropout_p * 4294967296.0);
   p.dropout_scale = static_cast<float>(1.0 / (1.0 - in.dropout_p));
   p.type = scalar_of(in.query.scalar_type(), kOp, "query");
-  p.memory_type = scalar_of(in.memory_key.scalar_type(), kOp, "memory_key");
+  p.memory_type = scalar_of(in.memory_key.scalar_type(), kOp, "memory_key", true);
   check(in, p);
   return p;
 }

@@ -50,7 +50,7 @@ void run_cpu(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, std::opt
     STD_TORCH_CHECK(ring >= 0 && ring < p.R, kOp, ": ring_index must lie in [0, ", p.R, "), got ", ring);
   }
   ring_write_cpu(p, scalar_of(key.scalar_type(), kOp, "key"),
-                 scalar_of(store.scalar_type(), kOp, "ring.store"));
+                 scalar_of(store.scalar_type(), kOp, "ring.store", true));
 }
 
 #ifdef LONGMEM_CUDA
@@ -65,7 +65,7 @@ void run_cuda(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, std::op
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const char* error = ring_write_cuda(p, scalar_of(key.scalar_type(), kOp, "key"),
-                                      scalar_of(store.scalar_type(), kOp, "ring.store"), stream);
+                                      scalar_of(store.scalar_type(), kOp, "ring.store", true), stream);
   STD_TORCH_CHECK(error == nullptr, kOp, ": CUDA launch failed: ", error);
 }
 #endif

@@ -30,7 +30,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of the local kernels, T queries by S keys, and launch options: the best found without spills in a loop.
+    """Tile sizes of the local kernels, T queries by S keys, and launch options: the best without spills in a loop.
 
     Two blocks for each multiprocessor, where they fit, are worth more than a larger tile: one computes exponentials
     while the other multiplies matrices.
@@ -53,13 +53,13 @@ def _hopper(query: Tensor) -> bool:
     return capability(query.device) >= (9, 0)
 
 
-def local_tiles(query: Tensor) -> Tiles:
+def local_tiles(query: Tensor, dropout: bool) -> Tiles:
     """Of the forward kernel."""
     D = query.shape[-1]
     if query.dtype == torch.float32:
         return Tiles(32, 32) if D <= 64 else Tiles(16, 16)
     if D <= 64:
-        return Tiles(128, 64, num_warps=8, maxnreg=128 if _hopper(query) else None)
+        return Tiles(128, 64, num_warps=8, maxnreg=128 if _hopper(query) and not dropout else None)
     if D <= 128:
         return Tiles(128, 64, num_warps=8) if _hopper(query) else Tiles(64, 64, num_stages=2)
     return Tiles(64, 32, num_warps=8, num_stages=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .._dispatch import choose
 from .reference import memory_attention_reference, memory_share
 
 FUSIONS = ("gated", "joint")
+AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 def memory_attention(
@@ -138,7 +140,8 @@ def memory_attention(
         fusion, sizes["D"] ** -0.5 if scale is None else float(scale), causal, window, float(dropout_p),
     )  # fmt: skip
     if name == "reference":
-        out, local_lse, memory_lse = memory_attention_reference(*arguments)
+        with _no_autocast(device.type):  # which would cast its matrix products once more
+            out, local_lse, memory_lse = memory_attention_reference(*arguments)
     else:
         out, _, local_lse, _, memory_lse = getattr(torch.ops.longmem, f"memory_attention_{name}")(*arguments)
     extra: tuple[Tensor, ...] = (local_lse, memory_lse) if return_lse else ()
@@ -153,11 +156,20 @@ def _float32(tensor: Tensor | None) -> Tensor | None:
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """As autocast treats the arguments of PyTorch's own attention: float32 becomes its dtype."""
+<<<<<<< HEAD
     device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "")
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+=======
+    device = next(tensor.device.type for tensor in tensors if isinstance(tensor, Tensor))
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+>>>>>>> w/attn-triton
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in tensors)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if device in AUTOCAST_DEVICES else nullcontext()
 
 
 def _seed(op: str, dropout_p: float, dropout_seed: Tensor | int | None, device: torch.device) -> Tensor | None:

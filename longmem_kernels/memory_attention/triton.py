@@ -204,7 +204,7 @@ def memory_attention_forward(
             *memory_query.stride()[:3], *bank.strides, *chunk_ids.stride(),
             B, H, G, T, R, M, scale, K=K, **bank.options, num_warps=1,
         )  # fmt: skip
-        tiles = local_tiles(query)
+        tiles = local_tiles(query, dropout_seed is not None)
         memory_attention_local_kernel[(triton.cdiv(T, tiles.BT) * H * B,)](
             query, key, value, gate, alibi_slopes, key_mask, dropout_seed, memory_out, memory_lse,
             out, local_out, local_lse,
