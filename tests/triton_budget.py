@@ -9,11 +9,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -76,18 +74,6 @@ def launches() -> Iterator[list[Launch]]:
 
 def compile_for(launch: Launch, capability: int) -> Usage:
     """What the machine code of the launch for sm_`capability` uses."""
-<<<<<<< HEAD
-    cubin, shared_bytes = machine_code(launch, capability)
-    report = _cuobjdump(cubin, "--dump-resource-usage")
-    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
-    loops = innermost_loops(_read(cubin, triton.knobs.nvidia.nvdisasm.path, "--print-code"))
-    spills = sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for loop in loops for line in loop)
-    return Usage(used["REG"], used["STACK"] + used["LOCAL"], spills, shared_bytes)
-
-
-def machine_code(launch: Launch, capability: int) -> tuple[bytes, int]:
-    """The launch compiled for sm_`capability`, and the bytes of shared memory it wants."""
-=======
     compiled = _compiled(launch, capability)
     return _usage(compiled.asm["cubin"], compiled.metadata.shared)
 
@@ -97,7 +83,6 @@ def disassembled(launch: Launch, capability: int) -> str:
 
 
 def _compiled(launch: Launch, capability: int) -> Any:
->>>>>>> w/attn-triton
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -117,38 +102,6 @@ def _compiled(launch: Launch, capability: int) -> Any:
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-<<<<<<< HEAD
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
-    return compiled.asm["cubin"], compiled.metadata.shared
-
-
-def loop_instructions(cubin: bytes) -> list[str]:
-    """The instructions on the shortest way around the loop that multiplies matrices: what every turn costs at least."""
-    code = {
-        int(address, 16): text
-        for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", _cuobjdump(cubin, "-sass"), re.MULTILINE)
-    }
-    addresses = sorted(code)
-    after = dict(pairwise(addresses))
-    target = {at: int(to[1], 16) for at in addresses if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", code[at]))}
-    products = [at for at in addresses if re.search(r"\bHG?MMA\b", code[at])]
-    turns = [(at - to, to, at) for at, to in target.items() if to <= products[0] and products[-1] <= at]
-    _, start, end = min(turns)
-
-    came_from = {start: start}
-    queue = deque([start])
-    while end not in came_from:
-        at = queue.popleft()
-        always = at in target and not code[at].startswith("@")
-        for successor in (target.get(at), None if always else after.get(at)):
-            if successor is not None and successor not in came_from:
-                came_from[successor] = at
-                queue.append(successor)
-    way = [end]
-    while way[-1] != start:
-        way.append(came_from[way[-1]])
-    return [code[at] for at in reversed(way)]
-=======
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 
 
@@ -165,7 +118,6 @@ def _usage(cubin: bytes, shared_bytes: int) -> Usage:
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     spills = sum(len(re.findall(r"\b(?:LDL|STL)\b", line)) for loop in innermost_loops(code) for line in loop)
     return Usage(used["REG"], used["STACK"] + used["LOCAL"], spills, shared_bytes)
->>>>>>> w/attn-triton
 
 
 def innermost_loops(code: str) -> Iterator[list[str]]:
@@ -181,14 +133,3 @@ def innermost_loops(code: str) -> Iterator[list[str]]:
             if begin > last_end and number - begin > 4:  # the program's last line is a jump to itself
                 yield lines[begin:number]
             last_end = number
-
-
-def _cuobjdump(cubin: bytes, what: str) -> str:
-    return _read(cubin, triton.knobs.nvidia.cuobjdump.path, what)
-
-
-def _read(cubin: bytes, tool: str, option: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout

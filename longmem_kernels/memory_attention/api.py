@@ -156,13 +156,8 @@ def _float32(tensor: Tensor | None) -> Tensor | None:
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """As autocast treats the arguments of PyTorch's own attention: float32 becomes its dtype."""
-<<<<<<< HEAD
     device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "")
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-=======
-    device = next(tensor.device.type for tensor in tensors if isinstance(tensor, Tensor))
     if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
->>>>>>> w/attn-triton
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in tensors)
