@@ -9,7 +9,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton_budget import SHARED_BYTES, Launch, compile_for, disassembled, innermost_loops, launches
+from triton_budget import (
+    SHARED_BYTES,
+    Launch,
+    compile_for,
+    disassembled,
+    innermost_loops,
+    launches,
+    shortest_turn,
+)
 
 import longmem_kernels  # noqa: F401  (declares the ops)
 from longmem_kernels._dispatch import _interpreted
@@ -104,3 +112,25 @@ def test_local_attention_multiplies_matrices_in_an_unmasked_loop() -> None:
     loops = [[line for line in loop if "/*" in line] for loop in innermost_loops(disassembled(launch, 90))]
     unmasked, masked = (loop for loop in loops if any("HGMMA" in line for line in loop))
     assert len(unmasked) < 0.75 * len(masked)
+
+
+# Instructions that a score costs in the main loop of the search where nothing is worth keeping.
+PER_SCORE = {
+    (90, 64): 3.9,
+    (90, 128): 5.2,
+    (80, 64): 10.0,  # there, half the warps share rows, and maxima pass through shared memory
+}
+
+
+@pytest.mark.parametrize(("capability", "head_dim"), PER_SCORE)
+def test_scores_of_chunk_topk_are_cheap(capability: int, head_dim: int) -> None:
+    query, centroid = (torch.zeros(1, 2, n, head_dim, dtype=torch.bfloat16) for n in (512, 1024))
+    with launches() as found:
+        torch.ops.longmem.chunk_topk_triton(query, centroid, torch.zeros(1, dtype=torch.int32), None, 16)
+    search = next(launch for launch in found if launch.name == "chunk_topk_search_kernel")
+    instructions = shortest_turn(search, capability)
+    scores = search.arguments["BT"] * search.arguments["BM"] / (32 * search.options["num_warps"])  # per thread
+    print(f"sm_{capability} D={head_dim}: {len(instructions)} instructions for {scores:.0f} scores of a thread")
+    assert len(instructions) / scores <= PER_SCORE[capability, head_dim]
+    if capability == 90:  # maxima never leave the thread that holds the scores
+        assert not [text for text in instructions if "SHFL" in text]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -80,6 +82,35 @@ def compile_for(launch: Launch, capability: int) -> Usage:
 
 def disassembled(launch: Launch, capability: int) -> str:
     return _read_cubin(triton.knobs.nvidia.nvdisasm.path, "--print-code", _compiled(launch, capability).asm["cubin"])
+
+
+def shortest_turn(launch: Launch, capability: int) -> list[str]:
+    """The instructions on the shortest way around the loop that multiplies matrices: what every turn costs at least."""
+    cubin = _compiled(launch, capability).asm["cubin"]
+    sass = _read_cubin(triton.knobs.nvidia.cuobjdump.path, "-sass", cubin)
+    code = {
+        int(address, 16): text for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    }
+    addresses = sorted(code)
+    after = dict(pairwise(addresses))
+    target = {at: int(to[1], 16) for at in addresses if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", code[at]))}
+    products = [at for at in addresses if re.search(r"\bHG?MMA\b", code[at])]
+    turns = [(at - to, to, at) for at, to in target.items() if to <= products[0] and products[-1] <= at]
+    _, start, end = min(turns)
+
+    came_from = {start: start}
+    queue = deque([start])
+    while end not in came_from:
+        at = queue.popleft()
+        always = at in target and not code[at].startswith("@")
+        for successor in (target.get(at), None if always else after.get(at)):
+            if successor is not None and successor not in came_from:
+                came_from[successor] = at
+                queue.append(successor)
+    way = [end]
+    while way[-1] != start:
+        way.append(came_from[way[-1]])
+    return [code[at] for at in reversed(way)]
 
 
 def _compiled(launch: Launch, capability: int) -> Any:
