@@ -162,24 +162,13 @@ def load_rows(p_rows, o_row, s_row, end, D: tl.constexpr, BD: tl.constexpr, CHEC
 
 
 @triton.jit
-def alibi_slope(p_slopes, i_h):
-    """Slope of head i_h in units of log 2; None without slopes."""
-    if p_slopes is not None:
-        return tl.load(p_slopes + i_h).to(tl.float32) * LOG2E
-    else:
-        return None
-
-
-@triton.jit
 def alibi_bias(slope, o_query, start, first, BS: tl.constexpr, MASKED: tl.constexpr):
-    """What ALiBi adds to scores of keys start ... start + BS - 1, to broadcast to [BT, BS]; None without it.
+    """What ALiBi adds to scores of keys start ... start + BS - 1, to broadcast to [BT, BS].
 
     When not MASKED, the queries' own part of the distance is left out (see `alibi_rows`): one number per key. No term
     of it is larger than the distance, so that nothing is lost to rounding.
     """
-    if slope is None:
-        return None
-    elif MASKED:
+    if MASKED:
         o_key = (start + tl.arange(0, BS)).to(tl.float32)
         return slope * (o_key[None, :] - o_query.to(tl.float32)[:, None])
     else:
@@ -336,7 +325,9 @@ def attend(
         b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)
         b_dot = dot(b_query, tl.trans(b_key))
         if MASKED or not RISING or slope is not None or p_key_mask is not None:
-            b_bias = alibi_bias(slope, o_query, start, first, BS, MASKED)
+            b_bias = None
+            if slope is not None:
+                b_bias = alibi_bias(slope, o_query, start, first, BS, MASKED)
             b_score = local_scores(
                 b_dot, b_bias, o_query[:, None], o_key[None, :], S, scale, p_key_mask, s_mask_s, window, CAUSAL, MASKED
             )

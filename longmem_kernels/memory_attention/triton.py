@@ -17,7 +17,6 @@ from longmem_kernels._triton import narrow, ring_of_row
 from longmem_kernels.memory_attention._triton_common import (
     LN2,
     LOG2E,
-    alibi_slope,
     attend,
     attend_tokens,
     bank_of,
@@ -102,7 +101,9 @@ def memory_attention_local_kernel(
     p_value += i_b * s_value_b + i_g * s_value_g
     if p_key_mask is not None:
         p_key_mask += i_b * s_mask_b
-    slope = alibi_slope(p_slopes, i_h)
+    slope = None
+    if p_slopes is not None:
+        slope = tl.load(p_slopes + i_h).to(tl.float32) * LOG2E
     b_row = None
     if p_seed is not None:
         b_row = dropout_rows(p_seed, (i_b * H + i_h) * T + o_t)

@@ -20,7 +20,6 @@ from longmem_kernels.memory_attention._triton_common import (
     LOG2E,
     alibi_bias,
     alibi_rows,
-    alibi_slope,
     bank_of,
     drop_threshold,
     dropout_rows,
@@ -164,7 +163,9 @@ def _query_grad(
         o_key = start + tl.arange(0, BS)
         b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
         b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)
-        b_bias = alibi_bias(slope, o_query, start, first, BS, MASKED)
+        b_bias = None
+        if slope is not None:
+            b_bias = alibi_bias(slope, o_query, start, first, BS, MASKED)
         b_score = local_scores(
             dot(b_query, tl.trans(b_key)), b_bias, o_query[:, None], o_key[None, :], S, scale,
             p_key_mask, s_mask_s, window, CAUSAL, MASKED,
@@ -200,7 +201,9 @@ def memory_attention_query_grad_kernel(
     o_row = (i_b * H + i_h) * T + o_t
     first = S - T + i_block * BT  # position of the first query
     o_query = first + tl.arange(0, BT)
-    slope = alibi_slope(p_slopes, i_h)
+    slope = None
+    if p_slopes is not None:
+        slope = tl.load(p_slopes + i_h).to(tl.float32) * LOG2E
     b_query = load_rows(p_query + i_b * s_query_b + i_h * s_query_h, o_t, s_query_t, T, D, BD, True)
     b_grad = load_rows(p_grad + i_b * s_grad_b + i_h * s_grad_h, o_t, s_grad_t, T, D, BD, True)
     b_base = tl.load(p_base + o_row, mask=m_t, other=float("inf"))
@@ -314,7 +317,9 @@ def memory_attention_key_value_grad_kernel(
     b_value_grad = tl.zeros([BS, BD], tl.float32)
     for i_head in range(GROUP):
         i_h = i_g * GROUP + i_head
-        slope = alibi_slope(p_slopes, i_h)
+        slope = None
+        if p_slopes is not None:
+            slope = tl.load(p_slopes + i_h).to(tl.float32) * LOG2E
         p_query_h = p_query + i_b * s_query_b + i_h * s_query_h
         p_grad_h = p_grad + i_b * s_grad_b + i_h * s_grad_h
         first_row = (i_b * H + i_h) * T

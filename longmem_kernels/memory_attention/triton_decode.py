@@ -18,7 +18,6 @@ from longmem_kernels.memory_attention._triton_common import (
     LN2,
     LOG2E,
     Bank,
-    alibi_slope,
     attend,
     attend_tokens,
     decode_tiles,
@@ -67,9 +66,9 @@ def _local_part(
     p_value += i_b * s_value_b + i_g * s_value_g
     if p_key_mask is not None:
         p_key_mask += i_b * s_mask_b
-    slope = alibi_slope(p_slopes, o_h)
-    if slope is not None:
-        slope = slope[:, None]
+    slope = None
+    if p_slopes is not None:
+        slope = (tl.load(p_slopes + o_h).to(tl.float32) * LOG2E)[:, None]
     o_row = (i_b * H + o_h) * T + o_t
     b_row = None
     if p_seed is not None:
