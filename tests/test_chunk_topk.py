@@ -194,6 +194,69 @@ def test_strided_inputs_are_read_in_place(implementation: str) -> None:
     assert_equals_brute_force(implementation, one_query, centroid, 6, count, counts(1).expand(2))
 
 
+# --- few queries: the slots are split, and centroids are read in the format they are stored in -----------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "group"), [(1, 1), (1, 8), (3, 4), (13, 1)])
+def test_few_queries_over_several_splits(implementation: str, tokens: int, group: int, dtype: torch.dtype) -> None:
+    query, centroid = integers(2, group, tokens, 40, dtype=dtype), integers(2, 1, 5000, 40, dtype=dtype)
+    count = counts(5000, 2049)
+    assert_equals_brute_force(implementation, query, with_unstored_nan(centroid, count), 16, count)
+
+
+@pytest.mark.parametrize("M", [15, 16, 17, 2047, 2048, 2049, 4096])
+@pytest.mark.parametrize("D", [1, 16, 33])
+def test_few_queries_beside_the_split_edges(implementation: str, M: int, D: int) -> None:
+    query, centroid = integers(1, 2, 1, D), integers(1, 2, M, D, low=-1, high=1)
+    assert_equals_brute_force(implementation, query, centroid, 20, counts(M))
+
+
+@pytest.mark.parametrize("order", ["equal", "ascending", "descending", "one_split", "minus_infinity", "nan"])
+@pytest.mark.parametrize("K", [1, 16, 64])
+def test_few_queries_with_adversarial_scores(implementation: str, order: str, K: int) -> None:
+    slot = torch.arange(5000.0)
+    score = {
+        "equal": torch.full_like(slot, -7.0),
+        "ascending": slot,
+        "descending": -slot,
+        "one_split": torch.where((slot >= 2048) & (slot < 4096), slot % 50, -1.0),
+        "minus_infinity": torch.where(slot % 500 == 499, slot, -INF),
+        "nan": torch.where(slot % 700 == 699, slot, torch.where(slot % 2 == 0, NAN, -INF)),
+    }[order]
+    assert_equals_brute_force(implementation, torch.ones(1, 1, 2, 1), score.view(1, 1, -1, 1), K, counts(4999))
+
+
+@given(data=st.data())
+def test_few_queries_of_any_shape(implementation: str, data: st.DataObject) -> None:
+    draw = data.draw
+    B, G, group, T = (draw(st.integers(1, most)) for most in (3, 2, 4, 3))
+    M, D, K = draw(st.integers(1, 4500)), draw(st.sampled_from([1, 8, 17, 64])), draw(st.integers(1, 64))
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    count = torch.randint(0, M + 1, (2,), dtype=torch.int32)
+    query = integers(B, G * group, T, D, dtype=draw(st.sampled_from(dtypes)))
+    centroid = with_unstored_nan(integers(2, G, M, D, dtype=draw(st.sampled_from(dtypes))), count)
+    assert_equals_brute_force(implementation, query, centroid, K, count, torch.randint(2, (B,), dtype=torch.int32))
+
+
+def test_every_half_is_read_exactly(implementation: str) -> None:
+    """All float16 numbers, subnormal ones included, as scores of one query."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    centroid = every[every.isfinite()].view(1, 1, -1, 1).expand(1, 1, -1, 32).clone()
+    centroid[..., 1:] = 0
+    query = torch.zeros(1, 1, 1, 32)
+    query[..., 0] = 1
+    stored = centroid.shape[2]
+    for first in range(0, stored, 64):
+        ids, scores = chunk_topk(
+            query, centroid[:, :, first : first + 64], 64, count=counts(min(64, stored - first)), impl=implementation
+        )
+        expected = centroid[0, 0, first : first + 64, 0].float()
+        found = ids.flatten() >= 0
+        assert torch.equal(scores.flatten()[found], expected[ids.flatten()[found].long()])
+
+
 # --- rounded scores: within the error of a float32 sum ---------------------------------------------------------------
 
 
@@ -226,14 +289,15 @@ def test_float64_is_searched_in_float64() -> None:
     assert ids.flatten().tolist() == [1, 0, 2] and scores.dtype == torch.float64
 
 
-def test_results_do_not_depend_on_the_number_of_threads_or_the_run(implementation: str) -> None:
-    query, centroid = torch.randn(2, 4, 200, 64), torch.randn(2, 2, 600, 64)
+@pytest.mark.parametrize(("T", "M"), [(200, 600), (1, 9000)])
+def test_results_do_not_depend_on_the_number_of_threads_or_the_run(implementation: str, T: int, M: int) -> None:
+    query, centroid = torch.randn(2, 4, T, 64), torch.randn(2, 2, M, 64)
     threads = torch.get_num_threads()
     results = []
     try:
-        for number in (1, 2, 2):
+        for number in (1, 2, 3, 2):
             torch.set_num_threads(number)
-            results.append(chunk_topk(query, centroid, 16, count=counts(600, 599), impl=implementation))
+            results.append(chunk_topk(query, centroid, 16, count=counts(M, M - 1), impl=implementation))
     finally:
         torch.set_num_threads(threads)
     for ids, scores in results[1:]:
@@ -246,7 +310,7 @@ from longmem_kernels import chunk_topk
 from longmem_kernels._extension import build_info
 
 torch.manual_seed(0)
-for T, M, D, K in [(1, 129, 64, 16), (63, 1000, 32, 64), (129, 127, 33, 3)]:
+for T, M, D, K in [(1, 129, 64, 16), (3, 4100, 33, 16), (63, 1000, 32, 64), (129, 127, 33, 3)]:
     query, centroid = (torch.randint(-4, 5, s).float() for s in ((2, 4, T, D), (2, 2, M, D)))
     centroid[:, :, 5::17, 0] = torch.inf
     centroid[:, :, 6::19, 1] = torch.nan

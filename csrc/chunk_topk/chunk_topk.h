@@ -29,7 +29,7 @@ struct ChunkTopkParams {
 
 // Up to so many queries per head of memory, memory is what takes time: tasks share the slots instead of the
 // queries. How many slots a task has depends on nothing, so that results do not depend on the threads.
-constexpr int64_t kFewQueries = 8;
+constexpr int64_t kFewQueries = 12;
 constexpr int64_t kSplitSlots = 2048;
 
 // Queries one task searches for: as many as share one pass over a tile of centroids.

@@ -21,30 +21,42 @@ struct Element<Scalar::f32> {
 
 typedef uint16_t HalfVector __attribute__((vector_size(kLanes * sizeof(uint16_t)), may_alias, aligned(2)));
 
-// Integers select: vectors of bool have no portable form.
+// Vectors of bool have no portable form.
 inline IntVector select(IntVector condition, IntVector yes, IntVector no) {
   return (condition & yes) | (~condition & no);
+}
+
+inline Vector bits_as_floats(IntVector bits) { return reinterpret_cast<Vector>(bits); }
+
+// kLanes halves as float32.
+inline Vector widen_half(const uint16_t* from) {
+#if LONGMEM_SIMD_LANES == 16
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  const IntVector h = __builtin_convertvector(*reinterpret_cast<const HalfVector*>(from), IntVector);
+  const IntVector magnitude = (h & 0x7fff) << 13;
+  // A subnormal half is the mantissa of a float just above 2^-14, less 2^-14.
+  const Vector small = bits_as_floats(magnitude | 0x38800000) - 0x1p-14f;
+  const IntVector rebias =
+      select(magnitude >= 0x0f800000, IntVector{} + (224 << 23), IntVector{} + (112 << 23));
+  const IntVector bits =
+      select(magnitude < 0x00800000, reinterpret_cast<IntVector>(small), magnitude + rebias);
+  return bits_as_floats(bits | ((h & 0x8000) << 16));
+#endif
 }
 
 // kLanes elements as float32.
 template <Scalar type>
 inline Vector widen(const typename Element<type>::Type* from) {
-  if constexpr (type == Scalar::f32) {
-    return load(from);
-  } else {
-    const IntVector h = __builtin_convertvector(*reinterpret_cast<const HalfVector*>(from), IntVector);
-    if constexpr (type == Scalar::bf16) return reinterpret_cast<Vector>(h << 16);
-    const IntVector magnitude = (h & 0x7fff) << 13;
-    // Subnormal halves are multiples of 2^-24: float subtraction normalises them.
-    constexpr int32_t kSmallest = 0x38800000;  // 2^-14
-    const IntVector subnormal =
-        reinterpret_cast<IntVector>(reinterpret_cast<Vector>(magnitude | kSmallest) - 0x1p-14f);
-    const IntVector exponent =
-        select(magnitude >= 0x0f800000, IntVector{} + (224 << 23), IntVector{} + (112 << 23));
-    const IntVector bits = select(magnitude < 0x00800000, subnormal, magnitude + exponent);
-    return reinterpret_cast<Vector>(bits | ((h & 0x8000) << 16));
+  if constexpr (type == Scalar::f32) return load(from);
+  if constexpr (type == Scalar::f16) return widen_half(from);
+  if constexpr (type == Scalar::bf16) {
+    const auto high = *reinterpret_cast<const HalfVector*>(from);
+    return bits_as_floats(__builtin_convertvector(high, IntVector) << 16);
   }
 }
+
+constexpr int64_t kAhead = 32;  // rows between what is read and what is fetched
 
 template <int... lane>
 struct Lanes {};
@@ -73,19 +85,6 @@ inline Vector fold(Vector a, Vector b, Lanes<lane...>) {
 #endif
 }
 
-// Lane j of the result is the sum over the lanes of v[j].
-template <int apart = 1>
-inline Vector sums(Vector (&v)[kLanes]) {
-  if constexpr (apart == kLanes) {
-    return v[0];
-  } else {
-    for (int j = 0; j < kLanes / apart; j += 2) {
-      v[j / 2] = fold<apart>(v[j], v[j + 1], typename LanesUpTo<kLanes>::Type{});
-    }
-    return sums<2 * apart>(v);
-  }
-}
-
 // One ring's head, one split of its slots, all queries that search it.
 template <Scalar type>
 class FewTask {
@@ -106,6 +105,7 @@ class FewTask {
         centroid_(static_cast<const Value*>(p.centroid) + ring_ * p.centroid_stride[0] +
                   head_ * p.centroid_stride[1]),
         query_(queries_ * padded_),
+        rest_(kLanes * p.D),
         winners_(p.K, queries_, queries_) {}
 
   void run() {
@@ -115,6 +115,7 @@ class FewTask {
       load_row(p_.query, p_.query_type, at, p_.D, query_ + n * padded_);
     }
     for (int64_t m = begin_; m < end_; m += kLanes) {
+      prefetch(m);
       const Block block = load_block(m);
       for (int64_t q = 0; q < queries_; ++q) {
         const Vector s = score(q, block);
@@ -134,38 +135,65 @@ class FewTask {
   }
 
  private:
-  // kLanes centroids; past the end of the split the last one again.
+  // kLanes centroids, of which `there` says what exists.
   struct Block {
-    const Value* row[kLanes];
+    const Value* first;
+    int64_t stride;
     uint32_t there;
   };
 
   Block load_block(int64_t m) const {
-    Block block;
-    for (int j = 0; j < kLanes; ++j)
-      block.row[j] = centroid_ + smaller(m + j, end_ - 1) * p_.centroid_stride[2];
-    const int64_t n = smaller(kLanes, end_ - m);
-    block.there = (1u << n) - 1;
-    return block;
+    const int64_t stride = p_.centroid_stride[2], n = end_ - m;
+    const Value* first = centroid_ + m * stride;
+    if (n >= kLanes) return {first, stride, static_cast<uint32_t>((uint64_t{1} << kLanes) - 1)};
+    for (int64_t j = 0; j < n; ++j) std::memcpy(rest_ + j * p_.D, first + j * stride, p_.D * sizeof(Value));
+    return {rest_, p_.D, (1u << n) - 1};
   }
 
+  // Hardware alone fetches a third of what memory could deliver. Inlined, because GCC takes a function that
+  // only fetches for one that does nothing.
+  __attribute__((always_inline)) void prefetch(int64_t m) const {
+    if (m + kAhead + kLanes > end_) return;
+    const int64_t stride = p_.centroid_stride[2];
+    const Value* row = centroid_ + (m + kAhead) * stride;
+    for (int j = 0; j < kLanes; ++j, row += stride) {
+      for (int64_t d = 0; d < p_.D; d += 64 / sizeof(Value)) __builtin_prefetch(row + d);
+    }
+  }
+
+  // Lane j of the result is the score of row j.
   Vector score(int64_t q, const Block& block) const {
-    const float* query = query_ + q * padded_;
-    Vector total[kLanes];
-    for (int j = 0; j < kLanes; ++j) total[j] = Vector{};
+    return rows<kLanes>(query_ + q * padded_, block.first, block.stride);
+  }
+
+  // The scores of `n` rows, each spread over the lanes that are n apart.
+  template <int n>
+  Vector rows(const float* query, const Value* first, int64_t stride) const {
+    if constexpr (n == 4) {
+      return four_rows(query, first, stride);
+    } else {
+      const Value* half = first + n / 2 * stride;
+      return fold<n / 2>(rows<n / 2>(query, first, stride), rows<n / 2>(query, half, stride),
+                         typename LanesUpTo<kLanes>::Type{});
+    }
+  }
+
+  Vector four_rows(const float* query, const Value* first, int64_t stride) const {
+    Vector total[4] = {};
     int64_t d = 0;
     for (; d + kLanes <= p_.D; d += kLanes) {
       const Vector features = load(query + d);
-      for (int j = 0; j < kLanes; ++j) total[j] += features * widen<type>(block.row[j] + d);
+      for (int j = 0; j < 4; ++j) total[j] += features * widen<type>(first + j * stride + d);
     }
     if (d < p_.D) {
-      for (int j = 0; j < kLanes; ++j) {
+      for (int j = 0; j < 4; ++j) {
         Value rest[kLanes] = {};
-        std::memcpy(rest, block.row[j] + d, (p_.D - d) * sizeof(Value));
+        std::memcpy(rest, first + j * stride + d, (p_.D - d) * sizeof(Value));
         total[j] += load(query + d) * widen<type>(rest);
       }
     }
-    return sums(total);
+    constexpr typename LanesUpTo<kLanes>::Type lanes;
+    return fold<2>(fold<1>(total[0], total[1], lanes), fold<1>(total[2], total[3], lanes), lanes);
   }
 
   // As long as fewer than K numbers above -inf were found: scores of -inf follow, then NaN, each by ascending
@@ -186,6 +214,7 @@ class FewTask {
   const int64_t group_, task_, row_, head_, ring_, begin_, end_, queries_, padded_;
   const Value* const centroid_;
   Buffer<float> query_;
+  Buffer<Value> rest_;  // the last rows of the split, when they are fewer than lanes
   Winners winners_;
 };
 
