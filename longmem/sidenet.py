@@ -86,9 +86,11 @@ class MemoryRead(nn.Module):
 class SideNet(nn.Module):
     """The layers above (or beside) the frozen encoder, one or some of which read memory.
 
-    With `sidenet="none"` they are the backbone's own layers from the first memory layer up, frozen and not copied.
-    Otherwise layer i copies a backbone layer, the first starts from the embedding, and cross-network residuals join
-    them to the backbone: `x <- layer(x) + (H[b] - H[a])` with the depths (a, b) of `jumps[i]` (LongMem, section 2.2).
+    With `sidenet="none"` they are the backbone's own layers from the first memory layer up. Otherwise layer i copies a
+    backbone layer, the first starts from the embedding, and cross-network residuals join them to the backbone:
+    `x <- layer(x) + (H[b] - H[a])` with the depths (a, b) of `jumps[i]` (LongMem, section 2.2). Layers that do not
+    train are the backbone's, not copies; and where, by the exact start, those below the first read would only say again
+    what the backbone says, they are left out.
 
     With `checkpointing`, the activations of layers that read no memory are computed again in the backward pass.
     """
@@ -99,23 +101,27 @@ class SideNet(nn.Module):
         super().__init__()
         depth, f = len(backbone.layers), config.reduction
         self.jumps: list[tuple[int, int]] = []
+        self.norm = None
         if config.sidenet == "none":
-            # A tuple, because these layers belong to the backbone: they are neither moved, saved nor trained from here.
             self.first = config.memory_layers[0]
-            self._borrowed = tuple(backbone.layer(i) for i in range(self.first, depth))
+            layers = [backbone.layer(i) for i in range(self.first, depth)]
             places = [layer - self.first for layer in config.memory_layers]
-            self.norm = None
         else:
             source = 0 if config.sidenet == "exact" else f - 1
             skipped_from = 1 if config.sidenet == "exact" else 0
-            self._borrowed = ()
-            self.layers = nn.ModuleList(copy.deepcopy(backbone.layer(f * i + source)) for i in range(depth // f))
-            self.jumps = [(f * i + skipped_from, f * i + f) for i in range(depth // f)]
+            lowest = config.memory_layers[0] // f if (config.sidenet, config.trainable) == ("exact", "read") else 0
+            layers = [backbone.layer(f * i + source) for i in range(lowest, depth // f)]
+            self.jumps = [(f * i + skipped_from, f * i + f) for i in range(lowest, depth // f)]
             if config.sidenet == "exact":
                 # Layers left over when f does not divide the depth are carried by the last residual.
                 self.jumps[-1] = (self.jumps[-1][0], depth)
-            self.first = 0
-            places = [layer // f for layer in config.memory_layers]
+            self.first = f * lowest
+            places = [layer // f - lowest for layer in config.memory_layers]
+        # A tuple, because these layers belong to the backbone: they are neither moved, saved nor trained from here.
+        self._borrowed = tuple(layers)
+        if config.trainable == "all":
+            self._borrowed = ()
+            self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
             self.norm = copy.deepcopy(backbone.norm)
         own_projections = config.trainable == "read"
         self.requires_grad_(config.trainable == "all")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,20 @@ def test_paper_start_copies_and_adds_what_the_paper_says() -> None:
     x = copied[0](states.hidden[0]) + states.hidden[2] - states.hidden[0]
     x = copied[1](x) + states.hidden[4] - states.hidden[2]
     torch.testing.assert_close(model(ids).logits, model.backbone.logits(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", [1, 2])
+def test_layers_that_only_repeat_the_backbone_are_left_out(reduction: int) -> None:
+    """A SideNet whose layers do not train begins at its first read, without copies, and computes what all of it does."""
+    options: dict[str, Any] = {"sidenet": "exact", "reduction": reduction, "memory_layers": (2,)}
+    model = tiny_longmem(**options)
+    whole = LongMem(model.backbone, replace(model.config, trainable="all"))
+    assert len(whole.sidenet.stack) - len(model.sidenet.stack) == 2 // reduction
+    assert all(any(mine is theirs for theirs in model.backbone.layers) for mine in model.sidenet.stack)
+    ids, memories = tokens(1, 36), (model.new_memory(1), whole.new_memory(1))
+    for piece in ids.split(12, 1):
+        out, wanted = (m(piece, memory).logits for m, memory in zip((model, whole), memories, strict=True))
+        torch.testing.assert_close(out, wanted, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("reduction", [1, 2, 3, 5])
