@@ -53,7 +53,7 @@ def test_paper_start_copies_and_adds_what_the_paper_says() -> None:
 
 @pytest.mark.parametrize("reduction", [1, 2])
 def test_layers_that_only_repeat_the_backbone_are_left_out(reduction: int) -> None:
-    """A SideNet whose layers do not train begins at its first read, without copies, and computes what all of it does."""
+    """A SideNet whose layers do not train begins at its first read, without copies, and computes the same."""
     options: dict[str, Any] = {"sidenet": "exact", "reduction": reduction, "memory_layers": (2,)}
     model = tiny_longmem(**options)
     whole = LongMem(model.backbone, replace(model.config, trainable="all"))
