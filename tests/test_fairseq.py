@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import subprocess
 import sys
 from typing import Any
@@ -262,13 +261,8 @@ def test_what_the_published_layer_cannot_do_is_refused_in_words() -> None:
             JointMultiheadAttentionWeightedSum(24, **options)
 
 
-FUSED_DROPOUT = pytest.mark.skipif(
-    "dropout_p" not in inspect.signature(memory_attention).parameters, reason="the fused kernel has no dropout yet"
-)
-
-
 @pytest.mark.parametrize("with_memory", [False, True])
-@pytest.mark.parametrize("scheme", ["other positions", pytest.param("ALiBi", marks=FUSED_DROPOUT)])
+@pytest.mark.parametrize("scheme", ["other positions", "ALiBi"])
 def test_dropout_leaves_the_average_and_follows_the_mode(scheme: str, with_memory: bool) -> None:
     module, x, memory = layer(24, 3, dropout=0.3), torch.randn(5, 2, 24), small_memory()
     positions = alibi(2, 3, 5) if scheme == "ALiBi" else torch.randn(2, 3, 1, 5)
