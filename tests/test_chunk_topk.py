@@ -205,6 +205,17 @@ def test_few_queries_over_several_splits(implementation: str, tokens: int, group
     assert_equals_brute_force(implementation, query, with_unstored_nan(centroid, count), 16, count)
 
 
+@pytest.mark.parametrize(
+    ("rows", "group", "tokens"), [(2, 1, 1), (5, 1, 1), (3, 2, 1), (9, 1, 1), (70, 1, 1), (7, 3, 10)]
+)
+def test_rows_that_share_the_only_ring_search_together(implementation: str, rows: int, group: int, tokens: int) -> None:
+    """As few queries up to 8 per head of memory, as many above; across the edge of a task of 128."""
+    query, centroid = integers(rows, 2 * group, tokens, 24), integers(1, 2, 2500, 24)
+    assert_equals_brute_force(implementation, query, centroid, 16, counts(2300))
+    index = torch.zeros(rows, dtype=torch.int32)
+    assert_equals_brute_force(implementation, query, centroid, 16, counts(2300), index)
+
+
 @pytest.mark.parametrize("M", [15, 16, 17, 2047, 2048, 2049, 4096])
 @pytest.mark.parametrize("D", [1, 16, 33])
 def test_few_queries_beside_the_split_edges(implementation: str, M: int, D: int) -> None:
@@ -230,14 +241,14 @@ def test_few_queries_with_adversarial_scores(implementation: str, order: str, K:
 @given(data=st.data())
 def test_few_queries_of_any_shape(implementation: str, data: st.DataObject) -> None:
     draw = data.draw
-    B, G, group, T = (draw(st.integers(1, most)) for most in (3, 2, 4, 3))
+    B, G, group, T, R = (draw(st.integers(1, most)) for most in (3, 2, 4, 3, 2))
     M, D, K = draw(st.integers(1, 4500)), draw(st.sampled_from([1, 8, 17, 64])), draw(st.integers(1, 64))
     torch.manual_seed(draw(st.integers(0, 2**20)))
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    count = torch.randint(0, M + 1, (2,), dtype=torch.int32)
+    count = torch.randint(0, M + 1, (R,), dtype=torch.int32)
     query = integers(B, G * group, T, D, dtype=draw(st.sampled_from(dtypes)))
-    centroid = with_unstored_nan(integers(2, G, M, D, dtype=draw(st.sampled_from(dtypes))), count)
-    assert_equals_brute_force(implementation, query, centroid, K, count, torch.randint(2, (B,), dtype=torch.int32))
+    centroid = with_unstored_nan(integers(R, G, M, D, dtype=draw(st.sampled_from(dtypes))), count)
+    assert_equals_brute_force(implementation, query, centroid, K, count, torch.randint(R, (B,), dtype=torch.int32))
 
 
 def test_every_half_is_read_exactly(implementation: str) -> None:

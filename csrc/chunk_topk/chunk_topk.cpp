@@ -47,13 +47,15 @@ bool before_or_equal(float a, float b) { return a >= b || b != b; }
 
 // The K best of what the splits found for each query; equal ones of a lower split first.
 void merge_splits(const ChunkTopkParams& p) {
-  const int64_t queries = p.H / p.G * p.T;
+  const int64_t queries = chunk_topk_queries(p);
   std::vector<int64_t> next(p.splits);  // per split, the first winner that is not taken
-  for (int64_t n = 0; n < p.B * p.G * queries; ++n) {
-    const int64_t first = (n / queries * p.splits * queries + n % queries) * p.K;
+  for (int64_t i = 0; i < p.B / p.rows * p.G * queries; ++i) {
+    const int64_t head = i / queries, n = i % queries;
+    const int64_t first = (head * p.splits * queries + n) * p.K;
+    const int64_t to = query_place(p, head / p.G, head % p.G, n).in_results;
     const int64_t stride = queries * p.K;
     std::fill(next.begin(), next.end(), 0);
-    for (int64_t i = 0; i < p.K; ++i) {
+    for (int64_t k = 0; k < p.K; ++k) {
       int64_t best = -1, best_at = 0;
       for (int64_t split = 0; split < p.splits; ++split) {
         const int64_t at = first + split * stride + next[split];
@@ -63,18 +65,18 @@ void merge_splits(const ChunkTopkParams& p) {
           best_at = at;
         }
       }
-      p.ids[n * p.K + i] = best < 0 ? -1 : p.split_ids[best_at];
-      p.scores[n * p.K + i] = best < 0 ? -std::numeric_limits<float>::infinity() : p.split_scores[best_at];
+      p.ids[to + k] = best < 0 ? -1 : p.split_ids[best_at];
+      p.scores[to + k] = best < 0 ? -std::numeric_limits<float>::infinity() : p.split_scores[best_at];
       if (best >= 0) ++next[best];
     }
   }
 }
 
 void run_few(ChunkTopkParams p) {
-  const int64_t queries = p.H / p.G * p.T;
+  const int64_t queries = chunk_topk_queries(p);
   const int64_t most = *std::max_element(p.count, p.count + p.R);
   p.splits = std::max<int64_t>(1, (most + kSplitSlots - 1) / kSplitSlots);
-  const int64_t tasks = p.B * p.G * p.splits;
+  const int64_t tasks = p.B / p.rows * p.G * p.splits;
   std::vector<int32_t> ids(tasks * queries * p.K);
   std::vector<float> scores(tasks * queries * p.K);
   p.split_ids = ids.data();
@@ -90,6 +92,7 @@ std::tuple<Tensor, Tensor> run_cpu(Tensor query, Tensor centroid, Tensor count,
   p.R = centroid.size(0), p.G = centroid.size(1), p.M = centroid.size(2);
   Tensor ids = torch::stable::new_empty(query, {p.B, p.H, p.T, p.K}, torch::headeronly::ScalarType::Int);
   Tensor scores = torch::stable::new_empty(query, {p.B, p.H, p.T, p.K}, torch::headeronly::ScalarType::Float);
+  p.rows = p.R == 1 ? p.B : 1;
   if (p.B * p.T == 0) return {ids, scores};
 
   const Tensor counts = torch::stable::contiguous(count);
@@ -111,10 +114,10 @@ std::tuple<Tensor, Tensor> run_cpu(Tensor query, Tensor centroid, Tensor count,
     STD_TORCH_CHECK(p.count[ring] >= 0 && p.count[ring] <= p.M, kOp, ": count must lie in [0, ", p.M,
                     "], got ", p.count[ring]);
   }
-  if (p.H / p.G * p.T <= kFewQueries) {
+  if (chunk_topk_queries(p) <= kFewQueries) {
     run_few(p);
   } else {
-    run(p, p.B * p.G * chunk_topk_blocks(p), task_for(false));
+    run(p, p.B / p.rows * p.G * chunk_topk_blocks(p), task_for(false));
   }
   return {ids, scores};
 }

@@ -18,30 +18,48 @@ struct ChunkTopkParams {
   int32_t* ids;               // [B, H, T, K] contiguous
   float* scores;              // [B, H, T, K] contiguous
   int64_t B, H, T, D, R, G, M, K;
+  int64_t rows;  // that search together, because they share a ring: B if R == 1, else 1
   int64_t query_stride[3], centroid_stride[3];
   Scalar query_type, centroid_type;
 
-  // Few queries only: the winners of each task, ids and scores [B, G, splits, H/G, T, K].
+  // Few queries only: the winners of each task, ids and scores [B / rows, G, splits, queries, K].
   int32_t* split_ids;
   float* split_scores;
   int64_t splits;
 };
 
+// Queries that search the same centroids: [rows, H/G, T], one after another. Functions of this header are
+// static, so that the linker cannot merge those of different instruction sets.
+static inline int64_t chunk_topk_queries(const ChunkTopkParams& p) { return p.rows * (p.H / p.G) * p.T; }
+
+// Where query `n` of those that search head `head` of memory for rows [search * rows, (search + 1) * rows)
+// is.
+struct QueryPlace {
+  int64_t in_query, in_results;
+};
+
+static inline QueryPlace query_place(const ChunkTopkParams& p, int64_t search, int64_t head, int64_t n) {
+  const int64_t group = p.H / p.G, token = n % p.T;
+  const int64_t row = search * p.rows + n / p.T / group, query_head = head * group + n / p.T % group;
+  return {row * p.query_stride[0] + query_head * p.query_stride[1] + token * p.query_stride[2],
+          ((row * p.H + query_head) * p.T + token) * p.K};
+}
+
 // Up to so many queries per head of memory, memory is what takes time: tasks share the slots instead of the
 // queries. How many slots a task has depends on nothing, so that results do not depend on the threads.
-constexpr int64_t kFewQueries = 12;
+constexpr int64_t kFewQueries = 8;
 constexpr int64_t kSplitSlots = 2048;
 
 // Queries one task searches for: as many as share one pass over a tile of centroids.
 constexpr int64_t kTaskQueries = 128;
 
-// Tasks are numbered (b * G + g) * blocks + block, over the H/G * T queries that search the same centroids.
+// Tasks are numbered (search * G + g) * blocks + block, over the queries that search the same centroids.
 static inline int64_t chunk_topk_blocks(const ChunkTopkParams& p) {
-  return (p.H / p.G * p.T + kTaskQueries - 1) / kTaskQueries;
+  return (chunk_topk_queries(p) + kTaskQueries - 1) / kTaskQueries;
 }
 
 // One task at one instruction set; the right one is chosen at run time. Few tasks are numbered
-// (b * G + g) * splits + split.
+// (search * G + g) * splits + split.
 namespace baseline {
 void chunk_topk_task(const ChunkTopkParams& p, int64_t task);
 void chunk_topk_few_task(const ChunkTopkParams& p, int64_t task);

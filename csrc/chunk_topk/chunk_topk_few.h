@@ -56,6 +56,9 @@ inline Vector widen(const typename Element<type>::Type* from) {
   }
 }
 
+// Queries that share what is loaded of a row: as many as registers hold the sums of.
+constexpr int kTogether = kLanes == 16 ? 4 : 2;
+
 constexpr int64_t kAhead = 32;  // rows between what is read and what is fetched
 
 template <int... lane>
@@ -93,14 +96,13 @@ class FewTask {
 
   FewTask(const ChunkTopkParams& p, int64_t task)
       : p_(p),
-        group_(p.H / p.G),
         task_(task),
-        row_(task / p.splits / p.G),
+        search_(task / p.splits / p.G),
         head_(task / p.splits % p.G),
-        ring_(ring_of_row(p.ring_index, p.R, p.B, row_)),
+        ring_(ring_of_row(p.ring_index, p.R, p.B, search_ * p.rows)),
         begin_(task % p.splits * kSplitSlots),
         end_(smaller(begin_ + kSplitSlots, p.count[ring_])),
-        queries_(group_ * p.T),
+        queries_(chunk_topk_queries(p)),
         padded_((p.D + kLanes - 1) / kLanes * kLanes),
         centroid_(static_cast<const Value*>(p.centroid) + ring_ * p.centroid_stride[0] +
                   head_ * p.centroid_stride[1]),
@@ -110,22 +112,15 @@ class FewTask {
 
   void run() {
     for (int64_t n = 0; n < queries_; ++n) {
-      const int64_t head = head_ * group_ + n / p_.T, token = n % p_.T;
-      const int64_t at = row_ * p_.query_stride[0] + head * p_.query_stride[1] + token * p_.query_stride[2];
+      const int64_t at = query_place(p_, search_, head_, n).in_query;
       load_row(p_.query, p_.query_type, at, p_.D, query_ + n * padded_);
     }
     for (int64_t m = begin_; m < end_; m += kLanes) {
       prefetch(m);
       const Block block = load_block(m);
-      for (int64_t q = 0; q < queries_; ++q) {
-        const Vector s = score(q, block);
-        for (uint32_t better = above(s, fill(winners_.threshold[q])) & block.there; better != 0;
-             better &= better - 1) {
-          const int lane = __builtin_ctz(better);
-          // Several of one block may be better, and the threshold moves.
-          if (s[lane] > winners_.threshold[q]) winners_.insert(q, s[lane], static_cast<int32_t>(m + lane));
-        }
-      }
+      int64_t q = 0;
+      for (; q + kTogether <= queries_; q += kTogether) take_best<kTogether>(q, block, m);
+      for (; q < queries_; ++q) take_best<1>(q, block, m);
     }
     for (int64_t q = 0; q < queries_; ++q) {
       for (int nan = 0; nan < 2; ++nan) add_exceptional(q, nan != 0);
@@ -161,39 +156,65 @@ class FewTask {
     }
   }
 
-  // Lane j of the result is the score of row j.
-  Vector score(int64_t q, const Block& block) const {
-    return rows<kLanes>(query_ + q * padded_, block.first, block.stride);
-  }
-
-  // The scores of `n` rows, each spread over the lanes that are n apart.
   template <int n>
-  Vector rows(const float* query, const Value* first, int64_t stride) const {
-    if constexpr (n == 4) {
-      return four_rows(query, first, stride);
-    } else {
-      const Value* half = first + n / 2 * stride;
-      return fold<n / 2>(rows<n / 2>(query, first, stride), rows<n / 2>(query, half, stride),
-                         typename LanesUpTo<kLanes>::Type{});
+  void take_best(int64_t first_query, const Block& block, int64_t first_slot) {
+    Vector scores[n];
+    score<n>(first_query, block, scores);
+    for (int i = 0; i < n; ++i) {
+      const Vector s = scores[i];
+      const int64_t q = first_query + i;
+      for (uint32_t better = above(s, fill(winners_.threshold[q])) & block.there; better != 0;
+           better &= better - 1) {
+        const int lane = __builtin_ctz(better);
+        // Several of one block may be better, and the threshold moves.
+        if (s[lane] > winners_.threshold[q])
+          winners_.insert(q, s[lane], static_cast<int32_t>(first_slot + lane));
+      }
     }
   }
 
-  Vector four_rows(const float* query, const Value* first, int64_t stride) const {
-    Vector total[4] = {};
+  // Lane j of scores[i] is the score of row j for query q + i.
+  template <int n>
+  void score(int64_t q, const Block& block, Vector* scores) const {
+    rows<kLanes, n>(query_ + q * padded_, block.first, block.stride, scores);
+  }
+
+  // The scores of `count` rows for n queries, each spread over the lanes that are `count` apart.
+  template <int count, int n>
+  void rows(const float* query, const Value* first, int64_t stride, Vector* scores) const {
+    if constexpr (count == 4) {
+      four_rows<n>(query, first, stride, scores);
+    } else {
+      Vector low[n], high[n];
+      rows<count / 2, n>(query, first, stride, low);
+      rows<count / 2, n>(query, first + count / 2 * stride, stride, high);
+      for (int i = 0; i < n; ++i)
+        scores[i] = fold<count / 2>(low[i], high[i], typename LanesUpTo<kLanes>::Type{});
+    }
+  }
+
+  template <int n>
+  void four_rows(const float* query, const Value* first, int64_t stride, Vector* scores) const {
+    Vector total[n][4] = {};
     int64_t d = 0;
     for (; d + kLanes <= p_.D; d += kLanes) {
-      const Vector features = load(query + d);
-      for (int j = 0; j < 4; ++j) total[j] += features * widen<type>(first + j * stride + d);
+      for (int j = 0; j < 4; ++j) {
+        const Vector row = widen<type>(first + j * stride + d);
+        for (int i = 0; i < n; ++i) total[i][j] += load(query + i * padded_ + d) * row;
+      }
     }
     if (d < p_.D) {
       for (int j = 0; j < 4; ++j) {
         Value rest[kLanes] = {};
         std::memcpy(rest, first + j * stride + d, (p_.D - d) * sizeof(Value));
-        total[j] += load(query + d) * widen<type>(rest);
+        for (int i = 0; i < n; ++i) total[i][j] += load(query + i * padded_ + d) * widen<type>(rest);
       }
     }
     constexpr typename LanesUpTo<kLanes>::Type lanes;
-    return fold<2>(fold<1>(total[0], total[1], lanes), fold<1>(total[2], total[3], lanes), lanes);
+    for (int i = 0; i < n; ++i) {
+      const Vector(&t)[4] = total[i];
+      scores[i] = fold<2>(fold<1>(t[0], t[1], lanes), fold<1>(t[2], t[3], lanes), lanes);
+    }
   }
 
   // As long as fewer than K numbers above -inf were found: scores of -inf follow, then NaN, each by ascending
@@ -201,7 +222,8 @@ class FewTask {
   void add_exceptional(int64_t q, bool nan) {
     for (int64_t m = begin_; m < end_ && winners_.found[q] < smaller(p_.K, end_ - begin_); m += kLanes) {
       const Block block = load_block(m);
-      const Vector s = score(q, block);
+      Vector s;
+      score<1>(q, block, &s);
       for (int lane = 0; lane < kLanes && winners_.found[q] < p_.K; ++lane) {
         const bool wanted = nan ? s[lane] != s[lane] : s[lane] == -kInfinity;
         if (wanted && (block.there >> lane & 1) != 0)
@@ -211,7 +233,7 @@ class FewTask {
   }
 
   const ChunkTopkParams& p_;
-  const int64_t group_, task_, row_, head_, ring_, begin_, end_, queries_, padded_;
+  const int64_t task_, search_, head_, ring_, begin_, end_, queries_, padded_;
   const Value* const centroid_;
   Buffer<float> query_;
   Buffer<Value> rest_;  // the last rows of the split, when they are fewer than lanes

@@ -41,13 +41,12 @@ class Task {
  public:
   Task(const ChunkTopkParams& p, int64_t task)
       : p_(p),
-        group_(p.H / p.G),
-        row_(task / chunk_topk_blocks(p) / p.G),
+        search_(task / chunk_topk_blocks(p) / p.G),
         head_(task / chunk_topk_blocks(p) % p.G),
-        ring_(ring_of_row(p.ring_index, p.R, p.B, row_)),
+        ring_(ring_of_row(p.ring_index, p.R, p.B, search_ * p.rows)),
         count_(p.count[ring_]),
         first_(task % chunk_topk_blocks(p) * kTaskQueries),
-        queries_(smaller(kTaskQueries, group_ * p.T - first_)),
+        queries_(smaller(kTaskQueries, chunk_topk_queries(p) - first_)),
         query_(kTaskQueries * p.D),
         tile_(kTile * p.D),
         winners_(p.K, queries_, kTaskQueries) {}
@@ -63,17 +62,14 @@ class Task {
   }
 
  private:
-  // Query n of the task as (head, token).
-  int64_t head_of(int64_t n) const { return head_ * group_ + (first_ + n) / p_.T; }
-  int64_t token_of(int64_t n) const { return (first_ + n) % p_.T; }
+  // Query n of the task.
+  QueryPlace place_of(int64_t n) const { return query_place(p_, search_, head_, first_ + n); }
 
   // [blocks, D, kQueries], so that one load gives a feature of kLanes queries.
   void pack_queries() {
     const Buffer<float> row(p_.D);
     for (int64_t n = 0; n < queries_; ++n) {
-      const int64_t at =
-          row_ * p_.query_stride[0] + head_of(n) * p_.query_stride[1] + token_of(n) * p_.query_stride[2];
-      load_row(p_.query, p_.query_type, at, p_.D, row);
+      load_row(p_.query, p_.query_type, place_of(n).in_query, p_.D, row);
       float* block = block_of(n);
       for (int64_t d = 0; d < p_.D; ++d) block[d * kQueries] = row[d];
     }
@@ -131,13 +127,13 @@ class Task {
 
   void write() const {
     for (int64_t n = 0; n < queries_; ++n) {
-      const int64_t to = ((row_ * p_.H + head_of(n)) * p_.T + token_of(n)) * p_.K;
+      const int64_t to = place_of(n).in_results;
       winners_.write(n, p_.ids + to, p_.scores + to);
     }
   }
 
   const ChunkTopkParams& p_;
-  const int64_t group_, row_, head_, ring_, count_, first_, queries_;
+  const int64_t search_, head_, ring_, count_, first_, queries_;
   Buffer<float> query_, tile_;
   Winners winners_;
 };

@@ -178,8 +178,12 @@ class Writer {
 
 template <typename Input, typename Storage>
 void write(const RingWriteParams& p, const Plan& plan) {
-  // Few tasks are not worth another thread.
-  const int64_t grain = std::max<int64_t>(1, 16384 / (2 * p.C * p.D));
+  // Waking another thread takes as long as writing so many elements.
+  constexpr int64_t kWorthAThread = 65536;
+  int64_t tokens = 0;
+  for (const RingPlan& ring : plan.rings) tokens += ring.end - ring.begin;
+  const int64_t grain =
+      std::max<int64_t>(1, kWorthAThread * plan.tasks / std::max<int64_t>(1, 2 * p.G * p.D * tokens));
   torch::stable::parallel_for(0, plan.tasks, grain, [&](int64_t from, int64_t to) {
     Writer<Input, Storage> writer(p);
     int64_t ring = 0;
