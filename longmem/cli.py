@@ -210,6 +210,12 @@ def evaluate(
         int, typer.Option(help="Tokens of each document that fill the memory before scoring.")
     ] = 8192,
     document_tokens: Annotated[int, typer.Option(help="Tokens of each document used.")] = 12_288,
+    full_context: Annotated[
+        int | None, typer.Option(help="Score the backbone with so many tokens of context too; slow.")
+    ] = None,
+    cache_states: Annotated[
+        bool, typer.Option("--cache-states", help="Keep the backbone's states in OUT/states: half the encoding.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Where JSON and plot go; default RUN/eval.")] = None,
     precision: Precision = "auto",
     device: Device = "auto",
@@ -220,9 +226,12 @@ def evaluate(
         data, "test", tokenizer, min_tokens=score_from + model.config.segment + 1, cut=document_tokens + 1
     )
     announce(model, precision)
-    report = evaluate_with_bar(model, documents, encode_now(model), score_from, precision)
+    folder = out or run / "eval"
+    cache = StateCache(model, documents, folder / "states", precision=precision) if cache_states else None
+    report = evaluate_with_bar(model, documents, cache or encode_now(model), score_from, precision, full_context)
     typer.echo(report.table())
-    save_report(report, out or run / "eval", f"{model.backbone.name}, {', '.join(data)}")
+    about = {"data": data, "score_from": score_from, "full_context": full_context, "model": model.config.to_dict()}
+    save_report(report, folder, f"{model.backbone.name}, {', '.join(data)}", **about)
 
 
 @app.command()

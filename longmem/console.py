@@ -132,16 +132,29 @@ def remember_with_bar(model: LongMem, document: torch.Tensor, memory: MemoryBank
 
 
 def evaluate_with_bar(
-    model: LongMem, documents: list[torch.Tensor], states: StateSource, score_from: int, precision: str
+    model: LongMem,
+    documents: list[torch.Tensor],
+    states: StateSource,
+    score_from: int,
+    precision: str,
+    full_context: int | None = None,
 ) -> PerplexityReport:
     segment = model.config.segment
     segments = min((len(tokens) - 1) // segment for tokens in documents)
     with tqdm(total=len(documents) * segments * segment, desc="evaluate", unit="tok", unit_scale=True) as bar:
-        return perplexity(model, states, documents, score_from=score_from, precision=precision, progress=bar.update)
+        return perplexity(
+            model,
+            states,
+            documents,
+            score_from=score_from,
+            full_context=full_context,
+            precision=precision,
+            progress=bar.update,
+        )
 
 
-def save_report(report: PerplexityReport, folder: Path, title: str) -> None:
-    """perplexity.json and perplexity.png."""
+def save_report(report: PerplexityReport, folder: Path, title: str, **about: Any) -> None:
+    """perplexity.json, with `about`, and perplexity.png."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = {
         name: {"perplexity": score.perplexity, "nats": asdict(score), "vs_backbone": asdict(gain)}
@@ -150,7 +163,7 @@ def save_report(report: PerplexityReport, folder: Path, title: str) -> None:
     differences = {
         f"memory - {other}": asdict(report.difference("memory", other)) for other in ("empty memory", "other memory")
     }
-    content = {"tokens": report.tokens, "scores": scores, "differences": differences}
+    content = {"tokens": report.tokens, "scores": scores, "differences": differences, **about}
     (folder / "perplexity.json").write_text(json.dumps(content, indent=2) + "\n")
     plot_perplexity(report, folder / "perplexity.png", f"{title}; {report.tokens:,} held-out tokens")
     typer.echo(f"wrote {folder}/perplexity.json and {folder}/perplexity.png", err=True)

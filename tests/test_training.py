@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from distributed import run_ranks, start_ranks
 from models import VOCABULARY, learnable_longmem
 
@@ -364,6 +365,34 @@ def test_perplexity_tells_the_right_memory_from_a_wrong_one(tmp_path: Path) -> N
         gain = report.difference("memory", baseline)
         assert gain.mean < -3 * gain.error, (baseline, gain)
     assert "memory - other memory" in report.table()
+
+
+@pytest.mark.parametrize("context", [4 * SEGMENT, 9 * SEGMENT + 1])
+def test_perplexity_of_the_backbone_with_long_context(context: int) -> None:
+    """Each scored token has between three quarters of the context and all of it before it, or the whole document."""
+    model, documents = fresh_model(), topical(2)
+    report = perplexity(
+        model, encode_now(model), documents, score_from=SEGMENT, full_context=context, precision="float32"
+    )
+    stride, wanted = context // 4 // SEGMENT * SEGMENT, []
+    for tokens in documents:
+        for at in range(SEGMENT, 239 // SEGMENT * SEGMENT, SEGMENT):
+            group = (at - SEGMENT) // stride
+            stop = min(SEGMENT + (group + 1) * stride, 239 // SEGMENT * SEGMENT)
+            window = tokens[max(0, stop - context) : stop][None]
+            states = model.backbone.encode(window, (0,), (len(model.backbone.layers),))
+            logits = model.backbone.logits(states.hidden[len(model.backbone.layers)])[0]
+            place = at - max(0, stop - context)
+            wanted.append(F.cross_entropy(logits[place : place + SEGMENT], tokens[at + 1 : at + SEGMENT + 1]))
+    got = report.nll["backbone, long context"]
+    torch.testing.assert_close(got, torch.stack(wanted).double(), atol=1e-4, rtol=1e-4)
+    assert "backbone, long context" in report.table()
+
+
+def test_perplexity_refuses_a_long_context_that_is_none() -> None:
+    model = fresh_model()
+    with pytest.raises(ValueError, match="full_context must be at least four segments, got 6"):
+        perplexity(model, encode_now(model), topical(2), full_context=SEGMENT)
 
 
 def test_perplexity_needs_two_documents_that_are_long_enough() -> None:

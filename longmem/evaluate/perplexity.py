@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from longmem.precision import autocast, memory_dtype
 from longmem.states import StateSource
 
 CONDITIONS = ("backbone", "empty memory", "memory", "other memory")
+LONG_CONTEXT = "backbone, long context"
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,7 @@ class PerplexityReport:
     def table(self) -> str:
         lines = [f"{'held-out text, ' + str(self.tokens) + ' tokens':<34} {'perplexity':>16} {'nats vs backbone':>20}"]
         for name, score, gain in self.rows():
-            label = {"backbone": "backbone alone", "empty memory": "LongMem, empty memory"}.get(
-                name, f"LongMem, {name}"
-            )
+            label = {"backbone": "backbone alone", LONG_CONTEXT: LONG_CONTEXT}.get(name, f"LongMem, {name}")
             perplexity = f"{score.perplexity:.2f} ± {score.perplexity_error:.2f}"
             change = "" if name == "backbone" else f"{gain.mean:+.4f} ± {gain.error:.4f}"
             lines.append(f"{label:<34} {perplexity:>16} {change:>20}")
@@ -81,6 +80,7 @@ def perplexity(
     documents: Sequence[Tensor],
     *,
     score_from: int = 0,
+    full_context: int | None = None,
     precision: str = "auto",
     progress: Callable[[int], object] | None = None,
 ) -> PerplexityReport:
@@ -93,11 +93,15 @@ def perplexity(
         documents: at least two, [n] int64 token ids, each longer than `score_from` + one segment. All are cut to the
             shortest, so that memories hold equally much.
         score_from: tokens of each document that fill the memory before scoring begins, rounded down to segments.
+        full_context: also score the frozen model with up to so many tokens of context, the goal of any memory:
+            "backbone, long context". It reads windows of this length and scores the last quarter of each, so a token
+            has three quarters of it or more before it, as far as the document goes back.
         precision: of matrix products, see `longmem.precision`.
         progress: told the number of tokens after each segment.
 
     Raises:
-        ValueError: fewer than two documents, or one that is too short.
+        ValueError: fewer than two documents, one that is too short, or a `full_context` of less than four segments, or
+            more than the backbone has positions for.
     """
     segment = model.config.segment
     first = score_from // segment
@@ -107,6 +111,10 @@ def perplexity(
             f"perplexity: wanted two documents or more, each longer than {(first + 1) * segment} tokens, got"
             f" {len(documents)} of {[len(tokens) for tokens in documents]} tokens"
         )
+    longest = model.backbone.max_segment
+    if full_context is not None and (full_context < 4 * segment or (longest is not None and full_context > longest)):
+        limit = "" if longest is None else f" and at most {longest}, the backbone's positions"
+        raise ValueError(f"perplexity: full_context must be at least four segments{limit}, got {full_context}")
     was_training = model.training
     model.eval()
     dtype = memory_dtype(precision, model.backbone.device)
@@ -127,6 +135,11 @@ def perplexity(
             other_memory.write(elsewhere.key, elsewhere.value)
             if progress is not None:
                 progress(segment)
+        if full_context is not None:
+            with autocast(precision, model.backbone.device):
+                scored = range(first * segment, segments * segment)
+                long_scores = _score_windows(model, documents[index], scored, full_context)
+            scores.setdefault(LONG_CONTEXT, []).extend(long_scores)
     model.train(was_training)
     nll = {name: torch.stack(values).double().cpu() for name, values in scores.items()}
     return PerplexityReport(nll, tokens=len(nll["memory"]) * segment)
@@ -139,6 +152,20 @@ def _score(model: LongMem, states: States, memory: MemoryBank | None, targets: T
     else:
         logits = model.read_states(states, memory, write=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+
+
+def _score_windows(model: LongMem, tokens: Tensor, scored: range, context: int) -> Iterator[Tensor]:
+    """The backbone's scores of the segments in `scored`, each within a window of up to `context` tokens."""
+    segment, backbone = model.config.segment, model.backbone
+    tokens = tokens.to(backbone.device)
+    depth = len(backbone.layers)
+    for start in range(scored.start, scored.stop, stride := context // 4 // segment * segment):
+        stop = min(start + stride, scored.stop)
+        first = max(0, stop - context)
+        states = backbone.encode(tokens[None, first:stop], model.config.memory_layers, (depth,))
+        for at in range(start, stop, segment):
+            logits = backbone.logits(states.hidden[depth][:, at - first : at - first + segment])
+            yield F.cross_entropy(logits.flatten(0, 1).float(), tokens[at + 1 : at + segment + 1])
 
 
 def _segment(documents: Sequence[Tensor], index: int, start: int, length: int) -> Batch:

@@ -19,11 +19,14 @@ def plot_perplexity(report: PerplexityReport, path: str | Path, title: str) -> N
     import matplotlib.pyplot as plt
 
     names = list(report.nll)
+    labels = [name.replace(", ", ",\n") for name in names]
     gains = [report.difference(name, "backbone") for name in names]
     scores = [report.estimate(name) for name in names]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    colours = ["#8a8a8a", "#b9c7d8", "#1f6fb2", "#d98c5f"]
-    left.bar(names, [s.perplexity for s in scores], yerr=[s.perplexity_error for s in scores], color=colours, capsize=3)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    colours = ["#8a8a8a", "#b9c7d8", "#1f6fb2", "#d98c5f", "#4d4d4d"]
+    left.bar(
+        labels, [s.perplexity for s in scores], yerr=[s.perplexity_error for s in scores], color=colours, capsize=3
+    )
     low = min(s.perplexity - s.perplexity_error for s in scores)
     left.set_ylim(bottom=max(0.0, 0.9 * low))
     left.set_ylabel("perplexity per token (axis does not start at 0)")
@@ -31,7 +34,7 @@ def plot_perplexity(report: PerplexityReport, path: str | Path, title: str) -> N
         left.annotate(
             f"{score.perplexity:.1f}", (i, score.perplexity + score.perplexity_error), ha="center", va="bottom"
         )
-    right.bar(names[1:], [g.mean for g in gains[1:]], yerr=[g.error for g in gains[1:]], color=colours[1:], capsize=3)
+    right.bar(labels[1:], [g.mean for g in gains[1:]], yerr=[g.error for g in gains[1:]], color=colours[1:], capsize=3)
     right.axhline(0.0, color="black", linewidth=0.8)
     right.set_ylabel("nats per token vs the backbone (paired)")
     for axis in (left, right):
