@@ -19,43 +19,6 @@ struct Element<Scalar::f32> {
   using Type = float;
 };
 
-typedef uint16_t HalfVector __attribute__((vector_size(kLanes * sizeof(uint16_t)), may_alias, aligned(2)));
-
-// Vectors of bool have no portable form.
-inline IntVector select(IntVector condition, IntVector yes, IntVector no) {
-  return (condition & yes) | (~condition & no);
-}
-
-inline Vector bits_as_floats(IntVector bits) { return reinterpret_cast<Vector>(bits); }
-
-// kLanes halves as float32.
-inline Vector widen_half(const uint16_t* from) {
-#if LONGMEM_SIMD_LANES == 16
-  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#else
-  const IntVector h = __builtin_convertvector(*reinterpret_cast<const HalfVector*>(from), IntVector);
-  const IntVector magnitude = (h & 0x7fff) << 13;
-  // A subnormal half is the mantissa of a float just above 2^-14, less 2^-14.
-  const Vector small = bits_as_floats(magnitude | 0x38800000) - 0x1p-14f;
-  const IntVector rebias =
-      select(magnitude >= 0x0f800000, IntVector{} + (224 << 23), IntVector{} + (112 << 23));
-  const IntVector bits =
-      select(magnitude < 0x00800000, reinterpret_cast<IntVector>(small), magnitude + rebias);
-  return bits_as_floats(bits | ((h & 0x8000) << 16));
-#endif
-}
-
-// kLanes elements as float32.
-template <Scalar type>
-inline Vector widen(const typename Element<type>::Type* from) {
-  if constexpr (type == Scalar::f32) return load(from);
-  if constexpr (type == Scalar::f16) return widen_half(from);
-  if constexpr (type == Scalar::bf16) {
-    const auto high = *reinterpret_cast<const HalfVector*>(from);
-    return bits_as_floats(__builtin_convertvector(high, IntVector) << 16);
-  }
-}
-
 // Queries that share what is loaded of a row: as many as registers hold the sums of.
 constexpr int kTogether = kLanes == 16 ? 4 : 2;
 
@@ -199,15 +162,14 @@ class FewTask {
     int64_t d = 0;
     for (; d + kLanes <= p_.D; d += kLanes) {
       for (int j = 0; j < 4; ++j) {
-        const Vector row = widen<type>(first + j * stride + d);
+        const Vector row = load_as<type>(first + j * stride, d);
         for (int i = 0; i < n; ++i) total[i][j] += load(query + i * padded_ + d) * row;
       }
     }
     if (d < p_.D) {
       for (int j = 0; j < 4; ++j) {
-        Value rest[kLanes] = {};
-        std::memcpy(rest, first + j * stride + d, (p_.D - d) * sizeof(Value));
-        for (int i = 0; i < n; ++i) total[i][j] += load(query + i * padded_ + d) * widen<type>(rest);
+        const Vector rest = load_first<type>(first + j * stride, d, p_.D - d);
+        for (int i = 0; i < n; ++i) total[i][j] += load(query + i * padded_ + d) * rest;
       }
     }
     constexpr typename LanesUpTo<kLanes>::Type lanes;

@@ -11,6 +11,10 @@
 
 #include "common/scalar_type.h"
 
+#if LONGMEM_SIMD_LANES == 16
+#include <immintrin.h>
+#endif
+
 namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {
 namespace {
@@ -97,16 +101,23 @@ inline BitsVector bits_of(Vector v) {
   return bits;
 }
 
-// Zero and subnormals are multiples of the smallest number: with the exponent of the smallest normal one they
-// are that much too large, and subtracting it is exact. Other exponents move from bias 15 (7) to 127.
-inline Vector from_half(BitsVector half) {
-  const BitsVector magnitude = half & 0x7fffu;
+inline Vector from_half(ShortVector half) {
+#if LONGMEM_SIMD_LANES == 16
+  __m256i halves;
+  std::memcpy(&halves, &half, sizeof halves);
+  return _mm512_maskz_cvtph_ps(0xffff, halves);
+#else
+  // Zero and subnormals are multiples of the smallest number: with the exponent of the smallest normal one
+  // they are that much too large, and subtracting it is exact. Other exponents move from bias 15 to 127.
+  const BitsVector bits = __builtin_convertvector(half, BitsVector), magnitude = bits & 0x7fffu;
   const BitsVector small = bits_of(floats_of((magnitude << 13) + (113u << 23)) - 0x1p-14f);
   const BitsVector special = magnitude >= 0x7c00u ? BitsVector{} + (112u << 23) : BitsVector{};
   const BitsVector large = (magnitude << 13) + (112u << 23) + special;
-  return floats_of((magnitude < 0x400u ? small : large) | (half & 0x8000u) << 16);
+  return floats_of((magnitude < 0x400u ? small : large) | (bits & 0x8000u) << 16);
+#endif
 }
 
+// As above, from bias 7.
 inline Vector from_e4m3(BitsVector byte) {
   const BitsVector magnitude = byte & 0x7fu;
   const BitsVector small = bits_of(floats_of((magnitude << 20) + (121u << 23)) - 0x1p-6f);
@@ -146,8 +157,8 @@ inline Vector load_as(const void* base, int64_t from) {
   } else {
     ShortVector shorts;
     std::memcpy(&shorts, at, sizeof shorts);
-    const BitsVector bits = __builtin_convertvector(shorts, BitsVector);
-    return type == Scalar::f16 ? from_half(bits) : floats_of(bits << 16);
+    return type == Scalar::f16 ? from_half(shorts)
+                               : floats_of(__builtin_convertvector(shorts, BitsVector) << 16);
   }
 }
 
