@@ -153,16 +153,26 @@ def test_a_quantised_memory_needs_its_scale() -> None:
         memory.load_state_dict(state)
 
 
-def test_a_quantised_memory_finds_what_a_bfloat16_memory_finds() -> None:
-    """Centroids are means of the tokens before they are quantised."""
-    exact, small = bank(dtype=torch.bfloat16), bank(dtype=torch.float8_e4m3fn)
-    query, (key, value) = torch.randn(2, 1, 3, 4), segment(16)
-    found = []
-    for memory in (exact, small):
-        memory.write(key, value)
-        found.append(memory.retrieve(query, 2))
-        assert memory.stats()["fill"] == 1.0
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+def test_a_quantised_memory_finds_what_a_bfloat16_memory_finds_and_reads_nearly_the_same() -> None:
+    """Centroids are means of the tokens before they are quantised; a number keeps four significant bits."""
+    key, value = torch.randn(2, 2, 16, 4), torch.randn(2, 2, 16, 4)
+    key[:, 1], value[:, 1] = 30 * key[:, 1], 30 * value[:, 1]  # scales of the two layers far apart
+    query, local = torch.randn(2, 1, 3, 4), torch.zeros(2, 1, 3, 4)
+    for layer, size in ((0, 1), (1, 30)):
+        found, read = [], []
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            memory = bank(dtype=dtype, layers=2)
+            memory.write(key, value)
+            found.append(memory.retrieve(query, 2, layer=layer))
+            ids = found[0][0]
+            read.append(
+                memory.attend(
+                    query, local, local, ids, layer=layer, fusion="gated", gate=torch.full((1,), 20.0), scale=0.1 / size
+                )
+            )
+            assert memory.stats()["fill"] == 1.0
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        assert 0 < (read[0] - read[1]).abs().max() < 2**-3 * value[:, layer].abs().max()
 
 
 @pytest.mark.parametrize(

@@ -228,9 +228,9 @@ def test_a_model_trains_as_with_the_whole_bank(world: int, scope: str, tmp_path:
 # --- files and bad input ---
 
 
-def save_and_load(rank: int, folder: Path, replicated: bool) -> None:
+def save_and_load(rank: int, folder: Path, replicated: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(5)
-    whole, sharded, own = banks("row", replicated, fingerprint="model", dtype=torch.bfloat16)
+    whole, sharded, own = banks("row", replicated, fingerprint="model", dtype=dtype)
     key, value = tokens(whole.rows, 70)
     mask = torch.rand(whole.rows, 70) < 0.9
     whole.write(key, value, mask)
@@ -245,8 +245,11 @@ def save_and_load(rank: int, folder: Path, replicated: bool) -> None:
         other = MemoryBank.load(folder / "whole.safetensors", "model")
         for bank, rows in ((again, own), (other, slice(None))):
             bank.write(key[rows], value[rows])
-        for one, two in zip(again.retrieve(query[own], 9), other.retrieve(query, 9), strict=True):
-            assert torch.equal(one, two[own])
+        found, wanted = again.retrieve(query[own], 9), other.retrieve(query, 9)
+        assert all(torch.equal(one, two[own]) for one, two in zip(found, wanted, strict=True))
+        local = torch.randn(whole.rows, KV_HEADS, 3, D)
+        read = again.attend(query[own], local[own], local[own], found[0], fusion="joint")
+        torch.testing.assert_close(read, other.attend(query, local, local, wanted[0], fusion="joint")[own])
     with pytest.raises(ValueError, match="written by another model"):
         ShardedMemoryBank.load(folder / "memory.safetensors", "other", replicated=replicated)
     with pytest.raises(ValueError, match=r"there is no file .*nothing-0000"):
@@ -256,8 +259,11 @@ def save_and_load(rank: int, folder: Path, replicated: bool) -> None:
 
 
 @REPLICATED
-def test_a_saved_memory_comes_back_and_a_whole_one_is_spread(replicated: bool, tmp_path: Path) -> None:
-    run_ranks(2, save_and_load, tmp_path, tmp_path, replicated)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bfloat16", "float8"])
+def test_a_saved_memory_comes_back_and_a_whole_one_is_spread(
+    replicated: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    run_ranks(2, save_and_load, tmp_path, tmp_path, replicated, dtype)
 
 
 def refuse(rank: int) -> None:
