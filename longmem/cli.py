@@ -58,7 +58,9 @@ def train(
     ] = "smollm2",
     memory_layers: Annotated[
         list[int] | None,
-        typer.Option("--memory-layer", help="Layer stored and read, may be repeated; default: measured, or 2/3 depth."),
+        typer.Option(
+            "--memory-layer", help="Layer stored and read, may be repeated; default: 1/3 to 5/6 of the depth."
+        ),
     ] = None,
     sidenet: Annotated[str, typer.Option(help="none, exact or paper.")] = "none",
     trainable: Annotated[str, typer.Option(help="read, or all (with a SideNet).")] = "read",
@@ -73,6 +75,9 @@ def train(
     rows: Annotated[int, typer.Option(help="Documents side by side, per process.")] = TrainConfig.rows,
     accumulate: Annotated[int, typer.Option(help="Segments per row and optimiser step.")] = TrainConfig.accumulate,
     learning_rate: float = TrainConfig.learning_rate,
+    head_rate: Annotated[
+        float, typer.Option(help="Times as fast learn temperatures and gates.")
+    ] = TrainConfig.head_rate,
     warmup: int = TrainConfig.warmup,
     clip: float = TrainConfig.clip,
     weight_decay: float = TrainConfig.weight_decay,
@@ -110,6 +115,7 @@ def train(
         rows=rows,
         accumulate=accumulate,
         learning_rate=learning_rate,
+        head_rate=head_rate,
         warmup=warmup,
         clip=clip,
         weight_decay=weight_decay,
@@ -213,6 +219,8 @@ def evaluate(
     full_context: Annotated[
         int | None, typer.Option(help="Score the backbone with so many tokens of context too; slow.")
     ] = None,
+    memory_tokens: Annotated[int | None, typer.Option(help="Capacity of the memory; default: as trained.")] = None,
+    segment: Annotated[int | None, typer.Option(help="Local context in tokens; default: as trained.")] = None,
     cache_states: Annotated[
         bool, typer.Option("--cache-states", help="Keep the backbone's states in OUT/states: half the encoding.")
     ] = False,
@@ -221,7 +229,7 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Held-out perplexity: backbone alone, and LongMem with an empty, its own and another document's memory."""
-    model, tokenizer = load_run(run, device)
+    model, tokenizer = load_run(run, device, memory_tokens=memory_tokens, segment=segment)
     documents = load_documents(
         data, "test", tokenizer, min_tokens=score_from + model.config.segment + 1, cut=document_tokens + 1
     )

@@ -40,12 +40,14 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_run(run: Path, device: str) -> tuple[LongMem, Any]:
+def load_run(run: Path, device: str, **changes: Any) -> tuple[LongMem, Any]:
+    """The model in `run`, and its tokenizer. `changes`: see `LongMem.from_pretrained`; None changes nothing."""
     about = run / "config.json"
     if not about.exists():
         raise ValueError(f"no trained LongMem in {run}: config.json is missing (longmem train --out {run} makes one)")
     backbone, tokenizer = load_backbone(json.loads(about.read_text())["backbone"], choose_device(device))
-    return LongMem.from_pretrained(run, backbone), tokenizer
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return LongMem.from_pretrained(run, backbone, **changes), tokenizer
 
 
 def load_documents(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from .sharded import ShardedMemoryBank
 from .sidenet import SideNet
 
 _KIND, _WEIGHTS = "longmem model", "longmem.safetensors"
+_CHANGEABLE = {"segment", "memory_tokens", "chunks_per_query", "chunk_size", "scope"}
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class LongMem(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, backbone: Backbone | None = None, *, device: torch.device | str = "cpu"
+        cls, folder: str | Path, backbone: Backbone | None = None, *, device: torch.device | str = "cpu", **changes: Any
     ) -> LongMem:
         """Load what `save_pretrained` wrote, around `backbone` or, without one, around the backbone of the name that it
         was trained on, loaded to `device`.
@@ -221,6 +223,12 @@ class LongMem(nn.Module):
             ValueError: the folder holds no LongMem, or one that was trained on another backbone, or on one that cannot
                 be loaded by its name.
         """
+        fixed = changes.keys() - _CHANGEABLE
+        if fixed:
+            raise ValueError(
+                f"LongMem.from_pretrained: of the configuration {', '.join(sorted(_CHANGEABLE))} may be changed, got"
+                f" {', '.join(sorted(fixed))}"
+            )
         weights, about = load_tensors(Path(folder) / _WEIGHTS, _KIND)
         if backbone is None:
             try:
@@ -230,7 +238,7 @@ class LongMem(nn.Module):
                     f"LongMem.from_pretrained: {folder} needs the backbone {about['backbone']!r}, which cannot be"
                     f" loaded by that name; pass it as `backbone` ({error})"
                 ) from error
-        model = cls(backbone, LongMemConfig.from_dict(about["config"]))
+        model = cls(backbone, LongMemConfig.from_dict(about["config"] | changes))
         if about["fingerprint"] != model.fingerprint:
             raise ValueError(
                 f"LongMem.from_pretrained: {folder} was trained on backbone {about['backbone']!r}"

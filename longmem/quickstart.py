@@ -23,7 +23,7 @@ from .console import (
 )
 from .data.stream import SegmentStream
 from .model import LongMem
-from .states import StateCache
+from .states import StateCache, encode_now
 from .training.config import TrainConfig
 from .training.trainer import Trainer
 
@@ -46,17 +46,15 @@ def run_quickstart(out: Path, data: list[str] | None, steps: int, device: str) -
     announce(model, "auto")
     train, test = _texts(data, tokenizer, steps, model.config.segment)
 
-    typer.echo("2/4 training (the backbone's states are computed once and kept)", err=True)
-    folder = out / "states"
-    train_states, test_states = StateCache(model, train, folder), StateCache(model, test, folder)
-    with tqdm(total=sum(map(len, [*train, *test])), desc="encode", unit="tok", unit_scale=True) as bar:
-        train_states.fill(bar.update)
-        test_states.fill(bar.update)
+    typer.echo("2/4 training", err=True)
     config = TrainConfig(steps=steps)
     stream = SegmentStream(train, rows=config.rows, segment=model.config.segment, repeat=True)
-    train_with_bar(Trainer(model, stream, train_states, config, out))
+    train_with_bar(Trainer(model, stream, encode_now(model), config, out))
 
-    typer.echo("3/4 held-out perplexity", err=True)
+    typer.echo("3/4 held-out perplexity (the backbone's states are computed once and kept)", err=True)
+    test_states = StateCache(model, test, out / "states")
+    with tqdm(total=sum(map(len, test)), desc="encode", unit="tok", unit_scale=True) as bar:
+        test_states.fill(bar.update)
     report = evaluate_with_bar(model, test, test_states, SCORE_FROM, "auto")
     texts = "Shakespeare's plays" if data is None else ", ".join(data)
     save_report(report, out, f"SmolLM2-135M on {texts}, local context {model.config.segment} tokens, {steps} steps")

@@ -39,6 +39,10 @@ class MemoryRead(nn.Module):
         gate = torch.full((layer.heads,), config.gate_start)
         self.gate = nn.Parameter(gate) if config.fusion == "gated" else None
 
+    def per_head(self) -> list[nn.Parameter]:
+        """The parameters that are one number per head."""
+        return [self.log_temperature] if self.gate is None else [self.log_temperature, self.gate]
+
     def forward(
         self,
         memory: MemoryBank | None,

@@ -203,6 +203,21 @@ def test_a_saved_model_comes_back_on_its_backbone_and_on_no_other(options: dict[
         LongMem.from_pretrained(tmp_path / "nowhere", model.backbone)
 
 
+def test_a_saved_model_may_read_memory_otherwise_than_in_training(tmp_path: Path) -> None:
+    model = tiny_longmem()
+    model.save_pretrained(tmp_path)
+    again = LongMem.from_pretrained(tmp_path, model.backbone, segment=20, memory_tokens=2048, chunks_per_query=3)
+    assert (again.config.segment, again.config.chunks_per_query) == (20, 3)
+    memory = again.new_memory(1)
+    again(tokens(1, 20), memory)
+    again(tokens(1, 20), memory)
+    assert memory.ring.chunks * memory.ring.chunk_size == 2048
+    with pytest.raises(ValueError, match="of the configuration chunk_size, .* may be changed, got fusion"):
+        LongMem.from_pretrained(tmp_path, model.backbone, fusion="joint")
+    with pytest.raises(ValueError, match="segment must be at least 1, got 0"):
+        LongMem.from_pretrained(tmp_path, model.backbone, segment=0)
+
+
 def test_a_saved_model_finds_its_backbone_by_name(tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
     for part in (tiny_huggingface("llama"), tokenizer):

@@ -9,8 +9,8 @@ import torch
 from .base import Backbone
 from .huggingface import huggingface_backbone
 
-# The layers whose memory helped most where it was measured (docs/decisions.md); elsewhere two thirds of the depth.
-MEASURED_MEMORY_LAYERS = {"smollm2": (20,)}
+# What helped most where it was measured (docs/experiments.md); elsewhere the same share of the depth.
+MEASURED_MEMORY_LAYERS = {"smollm2": tuple(range(10, 25))}
 
 
 def load_backbone(name: str, device: str | torch.device = "cpu") -> tuple[Backbone, Any]:
@@ -32,4 +32,7 @@ def load_backbone(name: str, device: str | torch.device = "cpu") -> tuple[Backbo
 
 
 def default_memory_layers(backbone: Backbone) -> tuple[int, ...]:
-    return MEASURED_MEMORY_LAYERS.get(backbone.name, (len(backbone.layers) * 2 // 3,))
+    """All layers from a third to five sixths of the depth: the more read memory, the more it is worth."""
+    depth = len(backbone.layers)
+    middle = range(depth // 3, max(depth * 5 // 6, depth // 3 + 1))
+    return MEASURED_MEMORY_LAYERS.get(backbone.name, tuple(middle))

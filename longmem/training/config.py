@@ -19,6 +19,7 @@ class TrainConfig:
         steps: optimiser steps. rows: B, documents side by side, per process.
         accumulate: segments of every row that go into one optimiser step, one after another.
         learning_rate: peak, after `warmup` steps, then a cosine to a tenth of it.
+        head_rate: temperatures and gates, one number per head, learn so many times as fast: they have far to go.
         clip: largest gradient norm. weight_decay: decoupled (AdamW).
         usage_weight, usage_target: a penalty that keeps memory attended: `usage_weight` times how far, in nats, each
             head's mean memory share is below `usage_target`. 0: none.
@@ -37,6 +38,7 @@ class TrainConfig:
     rows: int = 4
     accumulate: int = 1
     learning_rate: float = 2e-3
+    head_rate: float = 10.0
     warmup: int = 5
     clip: float = 1.0
     weight_decay: float = 0.0
@@ -55,7 +57,7 @@ class TrainConfig:
         for name in ("steps", "rows", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "head_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"TrainConfig: {name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "usage_weight"):

@@ -73,8 +73,12 @@ class Trainer:
             stream.rows, dtype=memory_dtype(config.precision, model.backbone.device), sharded=config.shard_memory
         )
         self._run_step = prepare(Step(model, states, config), config)
+        per_head = {id(number) for read in self._reads() for number in read.per_head()}
+        groups: list[dict[str, Any]] = [{"params": [], "factor": 1.0}, {"params": [], "factor": config.head_rate}]
+        for parameter in model.trainable().values():
+            groups[id(parameter) in per_head]["params"].append(parameter)
         self.optimizer = torch.optim.AdamW(
-            model.trainable().values(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+            groups, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
         )
         for parameter in model.trainable().values():  # as AdamW would at its first step: now there is what to load into
             moments = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
@@ -121,7 +125,7 @@ class Trainer:
     def _train(self, segments: list[Batch]) -> dict[str, float]:
         """One optimiser step over consecutive segments of every row."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.rate(self.step)
+            group["lr"] = self.config.rate(self.step) * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         targets = [int((batch.targets != IGNORE).sum()) for batch in segments]
         (all_targets,) = self.processes.sum([sum(targets)])
@@ -183,10 +187,13 @@ class Trainer:
             "memory_share": share / max(found, 1),
         }
         metrics |= {f"memory_{name}": v / self.processes.count for name, v in zip(stats, totals[4:], strict=True)}
-        reads = [read for read in self.model.sidenet.reads.values() if isinstance(read, MemoryRead)]
+        reads = self._reads()
         metrics["temperature"] = _mean([read.log_temperature.exp() for read in reads])
         gates = [read.gate.sigmoid() for read in reads if read.gate is not None]
         return metrics | ({"gate": _mean(gates)} if gates else {})
+
+    def _reads(self) -> list[MemoryRead]:
+        return [read for read in self.model.sidenet.reads.values() if isinstance(read, MemoryRead)]
 
     def _warn_if_empty(self, metrics: dict[str, float]) -> None:
         self._found_memory = self._found_memory or metrics["memory_found"] > 0
