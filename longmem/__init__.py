@@ -3,6 +3,7 @@
 from longmem_kernels import __version__
 
 from .backbones import Backbone, PaperGPTConfig, huggingface_backbone, paper_gpt
+from .backbones.load import default_memory_layers
 from .config import LongMemConfig
 from .memory import MemoryBank
 from .model import LongMem, Output
@@ -17,6 +18,7 @@ __all__ = [
     "PaperGPTConfig",
     "ShardedMemoryBank",
     "__version__",
+    "default_memory_layers",
     "huggingface_backbone",
     "paper_gpt",
 ]
