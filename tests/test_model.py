@@ -212,7 +212,7 @@ def test_a_saved_model_may_read_memory_otherwise_than_in_training(tmp_path: Path
     again(tokens(1, 20), memory)
     again(tokens(1, 20), memory)
     assert memory.ring.chunks * memory.ring.chunk_size == 2048
-    with pytest.raises(ValueError, match="of the configuration chunk_size, .* may be changed, got fusion"):
+    with pytest.raises(ValueError, match=r"of the configuration chunk_size, .* may be changed, got fusion"):
         LongMem.from_pretrained(tmp_path, model.backbone, fusion="joint")
     with pytest.raises(ValueError, match="segment must be at least 1, got 0"):
         LongMem.from_pretrained(tmp_path, model.backbone, segment=0)
