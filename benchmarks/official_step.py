@@ -3,7 +3,8 @@
     python -m benchmarks.official_step                   the published size, one row; some minutes on two cores
     python -m benchmarks.official_step --layers 6        fewer layers of it
     python -m benchmarks.official_step --small           a model of a few million parameters
-    python -m benchmarks.official_step --json out.json   the rows, for `python -m benchmarks.report`
+    python -m benchmarks.official_step --json out.json   the rows, for `python -m benchmarks.report`; README shows the
+                                                         newest of benchmarks/results/DEVICE/official-step/
 
 The same weights, tokens and optimiser for every provider, a memory as full as the published arithmetic lets it be, and
 the same loss at every step, or no numbers.
@@ -16,14 +17,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see conftest.py
 
 import argparse
-import json
-import time
 from pathlib import Path
 
 import torch
 
-from longmem.bench import environment, table
+from longmem.bench import table
 from longmem.bench.official_step import measure_steps, published, small
+from longmem.bench.results import Result
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,13 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     shape = small(options.rows) if options.small else published(options.layers, options.rows)
     rows = measure_steps(shape, options.steps, options.device)
-    machine = environment.describe(torch.device(options.device))
-    print(" | ".join(f"{name} {value}" for name, value in machine.items()) + "\n")
-    print(table(rows))
+    result = Result.now(rows, options.device)
+    print(f"{result.headline()}\n\n{table(rows)}")
     if options.json is not None:
-        content = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": [row.as_dict() for row in rows]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        result.save(options.json)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,32 @@ def draw(result: Result, folder: Path) -> None:
             plot([row for row in mine if not row.sweep], path, date=result.date)
 
 
+def official_step(path: Path) -> str:
+    """The text of the block "official-step" for what `python -m benchmarks.official_step --json` wrote."""
+    result = Result.load(path)
+    lines = [
+        f"A training step of the published model ({result.rows[0].shape}), {_device(result)}, {result.date}, commit"
+        f" {result.machine['commit']}, PyTorch {result.machine['torch']}:",
+        "",
+        "| who | matrix products | seconds | processor seconds | memory beyond weights, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result.rows:
+        precision = "float32" if row.dtype == "float32" else row.dtype.rpartition(" ")[2]
+        seconds = (row.median_ms or 0.0) / 1000
+        busy, peak = seconds * (row.cores or 0.0), (row.peak_bytes or 0) / 1e6
+        lines.append(f"| {row.provider} | {precision} | {seconds:.1f} | {busy:.1f} | {peak:,.0f} |")
+    return "\n".join([*lines, "", _source(path)]) + "\n"
+
+
+def newest_official_step() -> Path:
+    """Raises SystemExit when none is kept."""
+    found = sorted((ROOT / "benchmarks" / "results").glob("*/official-step/*.json"), key=lambda path: path.name)
+    if not found:
+        raise SystemExit("benchmarks/results/*/official-step holds no result: `python -m benchmarks.official_step`")
+    return found[-1]
+
+
 def _device(result: Result) -> str:
     machine = result.machine
     return machine["device"] if result.on_gpu else f"{machine['device']}, {machine['threads']} threads"
@@ -125,7 +151,8 @@ def main() -> None:
         raise SystemExit("benchmarks/results holds no result: `make bench` makes one")
     leading = Result.load(paths[0])
     text = README.read_text(encoding="utf-8")
-    for name, content in (("plots", plots(leading)), ("measured", measured(paths))):
+    step = official_step(newest_official_step())
+    for name, content in (("plots", plots(leading)), ("measured", measured(paths)), ("official-step", step)):
         if block(name).search(text) is None:
             raise SystemExit(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
         text = block(name).sub(lambda _, content=content: content, text)

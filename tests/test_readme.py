@@ -67,8 +67,8 @@ def test_what_a_newcomer_looks_for_is_there(name: str) -> None:
     assert (README.parent / name).stat().st_size > 0
 
 
-def results_named() -> list[Path]:
-    text = readme.block("measured").search(README.read_text(encoding="utf-8"))
+def results_named(block: str = "measured") -> list[Path]:
+    text = readme.block(block).search(README.read_text(encoding="utf-8"))
     assert text is not None
     named = [readme.ROOT / path for path in re.findall(r"\]\((benchmarks/results/[^)]+\.json)\)", text[0])]
     assert named
@@ -78,7 +78,12 @@ def results_named() -> list[Path]:
 def test_figures_are_those_of_the_results_they_name() -> None:
     text = README.read_text(encoding="utf-8")
     results = results_named()
-    for name, wanted in (("measured", readme.measured(results)), ("plots", readme.plots(Result.load(results[0])))):
+    parts = {
+        "measured": readme.measured(results),
+        "plots": readme.plots(Result.load(results[0])),
+        "official-step": readme.official_step(results_named("official-step")[0]),
+    }
+    for name, wanted in parts.items():
         found = readme.block(name).search(text)
         assert found is not None and found[0] == wanted, "python -m benchmarks.readme writes them anew"
 
