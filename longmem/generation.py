@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 class SegmentDecoder:
     """Feeds tokens a few at a time. A row's segment that is full goes to memory, and its local context starts anew.
 
+    What memory stores is computed when a segment is full, for all of its tokens at once: token by token the encoder
+    need not go beyond where the SideNet starts, above which its layers would run beside the SideNet's.
+
     Rows may stand at different places of their segments: their tokens share columns of the caches, and each row's
     segment begins at a column of its own (`BackboneCache`).
     """
@@ -28,7 +31,7 @@ class SegmentDecoder:
         self.model, self.memory, self.rows = model, memory, rows
         self.cache = BackboneCache(starts=[0] * rows)
         self.upper = [LayerCache() for _ in model.sidenet.stack]
-        self.unwritten = LayerCache()  # what memory will hold of the current segments
+        self.text = torch.empty(rows, 0, dtype=torch.int64)  # the tokens in the cache's columns
 
     def prompt(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Begin with tokens [B, n], n >= 1, with padding on the left where `mask` [B, n] is zero.
@@ -53,11 +56,10 @@ class SegmentDecoder:
         """Write each row's first `whole` segments to memory."""
         n, segment = tokens.shape[1], self.model.config.segment
         for index in range(max(whole)):
-            there = [index < count for count in whole]
-            places = [n - length + index * segment if has else 0 for length, has in zip(lengths, there, strict=True)]
-            piece = torch.stack([row[at : at + segment] for row, at in zip(tokens, places, strict=True)])
-            kept = None if all(there) else torch.tensor(there, device=tokens.device)[:, None].expand(-1, segment)
-            self.model.remember(piece, memory, kept)
+            rows = [row for row, count in enumerate(whole) if index < count]
+            places = [n - lengths[row] + index * segment for row in rows]
+            pieces = [tokens[row, at : at + segment] for row, at in zip(rows, places, strict=True)]
+            self.model.remember(torch.stack(pieces), memory, rows=rows)
 
     def feed(self, tokens: Tensor, finished: Collection[int] = ()) -> Tensor:
         """Go on with tokens [B, n], n >= 1; what `finished` rows are given is forgotten, and never written.
@@ -71,31 +73,23 @@ class SegmentDecoder:
                 cache.starts[row] = cache.length
             room = min(segment - (cache.length - start) for start in cache.starts)
             piece, tokens = tokens[:, :room], tokens[:, room:]
-            states = model.backbone.encode(piece, model.config.memory_layers, model.sidenet.depths, cache)
+            states = model.backbone.encode(piece, (), model.sidenet.depths, cache)
             hidden = model.sidenet(states, self.memory, caches=self.upper)
-            key, value = self.unwritten.extend(states.key, states.value)
+            self.text = torch.cat([self.text.to(piece.device), piece], 1)
             full = [row for row, start in enumerate(cache.starts) if cache.length - start == segment]
             if full:
-                self._end_segment([row for row in full if row not in finished], key, value)
+                ended = [row for row in full if row not in finished]
+                if self.memory is not None and ended:
+                    model.remember(self.text[ended, -segment:], self.memory, rows=ended)
                 for row in full:
                     cache.starts[row] = cache.length
                 self._forget(min(cache.starts))
         return model.logits(hidden[:, -1])
 
-    def _end_segment(self, rows: list[int], key: Tensor, value: Tensor) -> None:
-        """Write the segments of `rows`, the last columns of key and value, to memory."""
-        if self.memory is None or not rows:
-            return
-        # Copies, because memory takes them up later, and the cache's buffers may have changed by then.
-        segment = self.model.config.segment
-        key, value = (part[:, :, -segment:].clone() for part in (key, value))
-        kept = torch.zeros(self.rows, key.shape[2], dtype=torch.bool, device=key.device)
-        kept[rows] = True
-        self.memory.write(key, value, None if len(rows) == self.rows else kept)
-
     def _forget(self, columns: int) -> None:
         self.cache.forget(columns)
-        for cache in (*self.upper, self.unwritten):
+        self.text = self.text[:, columns:]
+        for cache in self.upper:
             cache.forget(columns)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,17 +114,30 @@ class LongMem(nn.Module):
             memory.write(states.key, states.value, mask)
         return Output(logits, loss)
 
-    def remember(self, tokens: Tensor, memory: MemoryBank, mask: Tensor | None = None) -> None:
-        """Write tokens [B, n] of any length to memory, segment by segment, without predicting anything.
+    def remember(
+        self, tokens: Tensor, memory: MemoryBank, mask: Tensor | None = None, rows: Sequence[int] | None = None
+    ) -> None:
+        """Write tokens [R, n] of any length to memory, segment by segment, without predicting anything.
 
-        `mask` [B, n] bool is False at padding, which must be on the right; it is not written.
+        Args:
+            mask: [R, n] bool, False at padding, which must be on the right; it is not written.
+            rows: the R rows of memory that they belong to, the others stay as they are; default all.
+
+        Raises:
+            ValueError: tokens that do not fit the model, or `memory`.
         """
         segment = self.config.segment
+        some = rows if rows is not None and list(rows) != list(range(memory.rows)) else None
+        if mask is None and some is not None:
+            mask = torch.ones_like(tokens, dtype=torch.bool)
         masks = [None] * -(-tokens.shape[1] // segment) if mask is None else mask.split(segment, 1)
         for piece, kept in zip(tokens.split(segment, 1), masks, strict=True):
-            self._check(piece, memory)
+            self._check(piece, memory, len(some) if some is not None else memory.rows)
             states = self.backbone.encode(piece, self.config.memory_layers, ())
-            memory.write(states.key, states.value, kept)
+            key, value = states.key, states.value
+            if some is not None:
+                key, value, kept = (_among(part, some, memory.rows) for part in (key, value, kept))
+            memory.write(key, value, kept)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.sidenet.norm is None:
@@ -250,7 +263,7 @@ class LongMem(nn.Module):
         model.sidenet.load_state_dict(weights, strict=False)
         return model
 
-    def _check(self, tokens: Tensor, memory: MemoryBank | None) -> None:
+    def _check(self, tokens: Tensor, memory: MemoryBank | None, rows: int | None = None) -> None:
         if tokens.dim() == 2 and tokens.shape[1] > self.config.segment:
             raise ValueError(
                 f"LongMem: a segment holds at most {self.config.segment} tokens (config.segment), got {tokens.shape[1]}"
@@ -262,5 +275,14 @@ class LongMem(nn.Module):
                 f"LongMem: the memory was made by another model ({memory.fingerprint or 'unnamed'}), this one is"
                 f" {self.fingerprint}"
             )
-        if memory.rows != tokens.shape[0]:
-            raise ValueError(f"LongMem: tokens must have the memory's {memory.rows} rows, got {tuple(tokens.shape)}")
+        wanted = memory.rows if rows is None else rows
+        if wanted != tokens.shape[0]:
+            which = "the memory's" if wanted == memory.rows else "the named"
+            raise ValueError(f"LongMem: tokens must have {which} {wanted} rows, got {tuple(tokens.shape)}")
+
+
+def _among(part: Tensor, rows: Sequence[int], count: int) -> Tensor:
+    """[R, ...] -> [count, ...], with `part` at `rows` and zeros elsewhere."""
+    spread = part.new_zeros(count, *part.shape[1:])
+    spread[list(rows)] = part
+    return spread

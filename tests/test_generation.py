@@ -63,7 +63,24 @@ def test_a_prompt_of_any_length_leaves_what_feeding_it_leaves(length: int) -> No
         one_by_one = [decoder.feed(token) for token in ids.split(1, 1)]
     assert_close(at_once, one_by_one[-1])
     for name, tensor in memories[0].state_dict().items():
-        assert_close(tensor, memories[1].state_dict()[name], name)
+        assert torch.equal(tensor, memories[1].state_dict()[name]), name
+
+
+def test_the_encoder_goes_no_further_than_the_sidenet_starts_until_a_segment_is_full() -> None:
+    model, ids = tiny_longmem(memory_layers=(1, 3)), tokens(1, SEGMENT)
+    depths = []
+    for depth, layer in enumerate(model.backbone.layers):
+        layer.register_forward_hook(lambda *_, depth=depth: depths.append(depth))
+    decoder = SegmentDecoder(model, model.new_memory(1), rows=1)
+    ran = []
+    with torch.no_grad():
+        for token in ids.split(1, 1):
+            depths.clear()
+            decoder.feed(token)
+            ran.append(list(depths))
+    once = list(range(len(model.backbone.layers)))  # layer 0 by the encoder, the others by the SideNet
+    assert ran[:-1] == [once] * (SEGMENT - 1)
+    assert ran[-1] == [*once, 0, 1, 2], "the keys of layers 1 and 3, of the whole segment at once"
 
 
 @pytest.mark.parametrize("options", [{}, {"sidenet": "exact", "fusion": "gated"}])

@@ -180,6 +180,23 @@ def test_remembering_equals_walking() -> None:
         torch.testing.assert_close(remembered.state_dict()[name], tensor)
 
 
+def test_some_rows_remember_and_the_others_stay_as_they_are() -> None:
+    model, ids = tiny_longmem(memory_layers=(1, 3)), tokens(3, 30)
+    some, alone = model.new_memory(3), model.new_memory(2)
+    model.remember(ids, some)
+    model.remember(ids[:2], alone)
+    before = {name: tensor.clone() for name, tensor in some.state_dict().items()}
+    more = tokens(2, 30)
+    model.remember(more, some, rows=[2, 0])
+    model.remember(more[1:], alone, rows=[0])
+    for name, tensor in some.state_dict().items():
+        assert torch.equal(tensor[1], before[name][1]), name
+        torch.testing.assert_close(tensor[0], alone.state_dict()[name][0])
+        assert not torch.equal(tensor[2], before[name][2]), name
+    with pytest.raises(ValueError, match="the named 1 rows"):
+        model.remember(more, some, rows=[1])
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"sidenet": "exact"}, {"sidenet": "exact", "trainable": "all", "memory_layers": (1, 3)}]
 )

@@ -136,7 +136,7 @@ class Backbone(nn.Module):
 
         Args:
             tokens: [B, T] int64.
-            memory_layers: the layers whose keys and values are returned, ascending.
+            memory_layers: the layers whose keys and values are returned, ascending; none: tensors without heads.
             depths: the hidden states to return, 0 to the number of layers.
             cache: the segment so far, when `tokens` continues it.
 
@@ -156,7 +156,7 @@ class Backbone(nn.Module):
             )
         x = self.embed_at(tokens, positions)
         hidden = {0: x} if 0 in depths else {}
-        highest, last = max(depths, default=0), memory_layers[-1]
+        highest, last = max(depths, default=0), max(memory_layers, default=-1)
         stored = []
         for i in range(max(highest, last + 1)):
             layer = self.layer(i)
@@ -170,6 +170,9 @@ class Backbone(nn.Module):
                 hidden[i + 1] = x
         if cache is not None:
             cache.length += length
+        if not stored:
+            nothing = x.new_empty(x.shape[0], 0, length, self.layer(0).head_dim)
+            return States(hidden, nothing, nothing, positions)
         key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*stored, strict=True))
         return States(hidden, key, value, positions)
 

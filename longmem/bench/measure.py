@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from .timing import (
     MAX_ROUNDS,
     Call,
     CoreClock,
+    Times,
     cuda_times,
     median_ms,
     rounds_within,
@@ -38,6 +39,9 @@ def first_line(error: Exception) -> str:
 
 
 _HOST_ROUNDS = 20
+TURNS = 4  # of every provider of a case on the CPU
+
+_Attempted = TypeVar("_Attempted")
 
 Clock = Callable[[Call, int], list[float]]
 """From a call and a number of rounds to the seconds that each round took."""
@@ -164,36 +168,46 @@ class Case:
         Raises:
             Unavailable, GateError: see `admit`.
         """
-        prepared = self.admit(provider)
-        call = synchronised(prepared.run, self.device)
-        peak = self._peak_bytes(provider, call)
-        most = LATENCY_ROUNDS if self.shape.T == 1 else MAX_ROUNDS
-        count = rounds_within(call, seconds, most) if rounds is None else rounds
-        each = prepared.repeat
-        with CoreClock() as cores:
-            host = clock(call, count if self.device.type == "cpu" else min(count, _HOST_ROUNDS))
-        numbers: dict[str, Any] = {}
-        taken = host
-        if self.device.type == "cuda":
-            graphable = provider.graphable and prepared.graphable and each == 1
-            times = cuda_times(prepared.run, self.device, count, graphable=graphable)
-            taken = times.cold
-            for name, seconds_taken in (("host_ms", host), ("warm_ms", times.warm), ("graph_ms", times.graph)):
-                numbers[name] = median_ms(seconds_taken, each)
-        return self.row(
-            provider,
-            **summarise([one / each for one in taken]),
-            **numbers,
-            **self._least(),
-            cores=cores.cores if self.device.type == "cpu" else None,
-            peak_bytes=peak,
-            note=prepared.note,
-        )
+        timing = Timing(self, provider, rounds, seconds)
+        timing.take(timing.rounds, clock)
+        return timing.row()
 
-    def _peak_bytes(self, provider: Provider, call: Call) -> int | None:
-        if provider.own_memory and self.device.type == "cuda":
-            return None
-        return peak_extra_bytes(call, self.device)
+    def compare(
+        self, providers: Sequence[Provider], *, rounds: int | None = None, seconds: float = 1.0, strict: bool = False
+    ) -> Iterator[Row]:
+        """`measure` all `providers`; one row each, in order.
+
+        A CPU's speed changes by the second, with heat and with what else runs: there all providers are admitted first
+        and then take turns, so that a slow moment meets all of them. On CUDA one follows the other, each with the
+        device's memory to itself.
+
+        Args:
+            strict: raise what `measure` raises, but Unavailable; otherwise the row says so, without a time.
+
+        Raises:
+            GateError: a provider's result is wrong, and `strict`.
+        """
+
+        def attempt(provider: Provider, action: Callable[[], _Attempted]) -> _Attempted | Row:
+            try:
+                return action()
+            except Exception as why:
+                if strict and not isinstance(why, Unavailable):
+                    raise
+                return self.refused(provider, why)
+
+        if self.device.type == "cuda":
+            for provider in providers:
+                yield attempt(provider, partial(self.measure, provider, rounds=rounds, seconds=seconds))
+            return
+        found = [attempt(provider, partial(Timing, self, provider, rounds, seconds)) for provider in providers]
+        for turn in range(TURNS):
+            for place, timing in enumerate(found):
+                if isinstance(timing, Timing):
+                    share = timing.rounds * (turn + 1) // TURNS - timing.rounds * turn // TURNS
+                    found[place] = attempt(timing.provider, partial(timing.take, share))
+        for timing in found:
+            yield timing.row() if isinstance(timing, Timing) else timing
 
     def row(self, provider: Provider, **numbers: Any) -> Row:
         """A row with everything but the numbers filled in."""
@@ -220,13 +234,67 @@ class Case:
         what = f"refused by the correctness gate: {why.detail}" if isinstance(why, GateError) else first_line(why)
         return self.row(provider, reason=what, wrong=True)
 
-    def _least(self) -> dict[str, Any]:
+    def least(self) -> dict[str, Any]:
+        """What the operation has to do, and how long the machine's ceilings make that: fields of a row."""
         amount: Work | None = self.inputs.work() if self.op in MODEL_OPS else work(self.op, self.shape)
         if amount is None:
             return {}
         ceiling = ceilings(str(self.device), self.shape.dtype, torch.get_num_threads())
         floor_ms, floor = ceiling.floor_ms(amount.bytes, amount.flops)
         return {"bytes": amount.bytes, "flops": amount.flops, "floor_ms": floor_ms, "floor": floor}
+
+
+class Timing:
+    """A provider that the gate has let in, its memory, and the rounds it has run so far.
+
+    Raises:
+        Unavailable, GateError: see `Case.admit`.
+    """
+
+    def __init__(self, case: Case, provider: Provider, rounds: int | None, seconds: float) -> None:
+        self.case, self.provider = case, provider
+        self.prepared = case.admit(provider)
+        self.call = synchronised(self.prepared.run, case.device)
+        self.peak = None
+        if not (provider.own_memory and case.device.type == "cuda"):
+            self.peak = peak_extra_bytes(self.call, case.device)
+        most = LATENCY_ROUNDS if case.shape.T == 1 else MAX_ROUNDS
+        self.rounds = rounds_within(self.call, seconds, most) if rounds is None else rounds
+        self.host: list[float] = []
+        self.device: Times | None = None
+        self.clock = CoreClock()
+
+    def take(self, rounds: int, clock: Clock = wall_times) -> Timing:
+        """Time `rounds` more rounds, after a call that brings back what another provider's turn drove out of caches; a
+        single long round needs none."""
+        if self.case.device.type == "cuda":
+            self.host += clock(self.call, min(rounds, _HOST_ROUNDS))
+            graphable = self.provider.graphable and self.prepared.graphable and self.prepared.repeat == 1
+            self.device = cuda_times(self.prepared.run, self.case.device, rounds, graphable=graphable)
+            return self
+        if rounds > 1:
+            self.call()
+        with self.clock:
+            self.host += clock(self.call, rounds)
+        return self
+
+    def row(self) -> Row:
+        each = self.prepared.repeat
+        taken, numbers = self.host, dict[str, Any]()
+        if self.device is not None:
+            taken = self.device.cold
+            numbers["host_ms"] = median_ms(self.host, each)
+            numbers["warm_ms"] = median_ms(self.device.warm, each)
+            numbers["graph_ms"] = median_ms(self.device.graph, each)
+        return self.case.row(
+            self.provider,
+            **summarise([one / each for one in taken]),
+            **numbers,
+            **self.case.least(),
+            cores=None if self.device is not None else self.clock.cores,
+            peak_bytes=self.peak,
+            note=self.prepared.note,
+        )
 
 
 def measure(
@@ -241,7 +309,7 @@ def measure(
     sweep: str | None = None,
     done: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Time providers side by side; one row each, in the order given.
+    """Time providers side by side; one row each, in the order given. See `Case.compare`.
 
     Args:
         op: one of `OPS`.
@@ -259,15 +327,8 @@ def measure(
     """
     case = Case(op, shape, device, sweep=sweep)
     rows = []
-    for provider in all_providers(op) if providers is None else providers:
-        try:
-            row = case.measure(provider, rounds=rounds, seconds=seconds)
-        except Unavailable as why:
-            row = case.refused(provider, why)
-        except Exception as why:
-            if strict:
-                raise
-            row = case.refused(provider, why)
+    shown = all_providers(op) if providers is None else providers
+    for row in case.compare(shown, rounds=rounds, seconds=seconds, strict=strict):
         rows.append(row)
         done(row)
     return rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,7 +78,8 @@ def draw(op: str, shape: Shape, device: torch.device, seed: int = 0) -> ModelInp
         chunk_size=shape.C,
         chunks_per_query=shape.K,
         memory_tokens=shape.M * shape.C,
-        segment=shape.S + shape.T if op == "generate" else shape.T,
+        # A segment that is full in mid-run: its write is part of what a token costs.
+        segment=shape.S + shape.T // 2 if op == "generate" else shape.T,
     )
     length = shape.S if op == "generate" else shape.T + 1
 
@@ -130,16 +131,18 @@ def providers(op: str) -> list[Provider]:
 
 
 def _generate_with_memory(inputs: ModelInputs) -> Prepared:
-    return _generation(inputs, inputs.memory())
+    return _generation(inputs, inputs.model, inputs.memory())
 
 
 def _generate_without(inputs: ModelInputs) -> Prepared:
-    return _generation(inputs, None)
+    # One segment, as long as the backbone's own context.
+    config = replace(inputs.model.config, segment=inputs.shape.S + inputs.shape.T)
+    return _generation(inputs, LongMem(inputs.model.backbone, config).to(inputs.shape.dtype), None)
 
 
-def _generation(inputs: ModelInputs, memory: MemoryBank | None) -> Prepared:
+def _generation(inputs: ModelInputs, model: LongMem, memory: MemoryBank | None) -> Prepared:
     def run() -> Tensor:
-        return torch.stack(list(inputs.model.generate(inputs.tokens, memory, max_new_tokens=inputs.shape.T)), 1)
+        return torch.stack(list(model.generate(inputs.tokens, memory, max_new_tokens=inputs.shape.T)), 1)
 
     return _per_token(inputs, run)
 
@@ -208,9 +211,9 @@ def _forward_only(inputs: ModelInputs) -> Prepared:
 
 
 class ModelGate:
-    """Generated tokens must be the best, to rounding, of the full forward pass over them; a training loss must be that
-    of the same model in float64. A memory in float64 may find another chunk where two score alike: the loss hardly
-    moves."""
+    """Generated tokens must be the best, to rounding, of the full forward pass over their segments; a training loss
+    must be that of the same model in float64. A memory in float64 may find another chunk where two score alike: the
+    loss hardly moves."""
 
     def __init__(self, inputs: ModelInputs) -> None:
         self.inputs = inputs
@@ -231,8 +234,13 @@ class ModelGate:
         if chosen.shape != (shape.B, shape.T):
             return f"wanted tokens of shape {(shape.B, shape.T)}, got {tuple(chosen.shape)}"
         text = torch.cat([inputs.tokens, chosen], 1)[:, :-1]
-        memory = inputs.memory() if computes == "op" else None
-        logits = inputs.model(text, memory, write=False).logits[:, shape.S - 1 :].float()
+        if computes == "op":
+            memory = inputs.memory()
+            segments = text.split(inputs.model.config.segment, 1)
+            logits = torch.cat([inputs.model(segment, memory).logits for segment in segments], 1)
+        else:
+            logits = inputs.network(input_ids=text, use_cache=False).logits
+        logits = logits[:, shape.S - 1 :].float()
         short = logits.amax(-1) - logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
         if not bool((short <= _LOGIT_ROUNDING[shape.dtype] * logits.abs().amax()).all()):
             return f"a token was chosen whose logit is {short.max():.3g} below the best of the full forward pass"

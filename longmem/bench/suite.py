@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -127,35 +128,42 @@ def run(
 ) -> Iterator[tuple[Task, Row]]:
     """Measure every task, yielding its row as soon as it is there; a wrong result is a row that says so.
 
-    A shape that several sweeps share is measured once. What has not begun after `minutes` is not begun.
+    A shape that several sweeps share is measured once. A shape that has not begun after `minutes` is not begun.
     """
     begin = time.monotonic()
-    case: Case | None = None
     done: dict[tuple[str, Shape, str], Row] = {}
-    for task in work:
-        point, provider = task.point, task.provider
-        key = point.op, point.shape, provider.name
-        if key in done:
-            yield task, replace(done[key], sweep=point.sweep)
-            continue
-        if case is None or (case.op, case.shape) != (point.op, point.shape):
-            case = None  # frees the last one's inputs before the next are drawn
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            case = Case(point.op, point.shape, device, sweep=point.sweep)
-        if minutes is not None and time.monotonic() - begin > 60 * minutes:
-            row = case.refused(provider, Unavailable(f"not begun: the time limit of {minutes:g} minutes was reached"))
+    for _, group in groupby(work, lambda task: task.point):
+        late = minutes is not None and time.monotonic() - begin > 60 * minutes
+        why = f"not begun: the time limit of {minutes:g} minutes was reached" if late else None
+        yield from _compare(list(group), device, seconds, done, why)
+        gc.collect()  # this shape's inputs, before the next are drawn
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _compare(
+    group: Sequence[Task],
+    device: torch.device,
+    seconds: float,
+    done: dict[tuple[str, Shape, str], Row],
+    late: str | None,
+) -> Iterator[tuple[Task, Row]]:
+    """All tasks of one point."""
+    point = group[0].point
+    case = Case(point.op, point.shape, device, sweep=point.sweep)
+    rows: dict[str, Row] = {}
+    for task in group:
+        provider, found = task.provider, done.get((point.op, point.shape, task.provider.name))
+        if found is not None:
+            rows[provider.name] = replace(found, sweep=point.sweep)
+        elif late is not None:
+            rows[provider.name] = case.refused(provider, Unavailable(late))
         elif provider.unswept and point.sweep and not task.named:
             why = f"{provider.unswept}; left out of sweeps unless asked for with --providers"
-            row = case.refused(provider, Unavailable(why))
-        else:
-            row = done[key] = _measure(case, provider, seconds)
-        yield task, row
-
-
-def _measure(case: Case, provider: Provider, seconds: float) -> Row:
-    try:
-        return case.measure(provider, seconds=seconds)
-    except Exception as why:
-        return case.refused(provider, why)
+            rows[provider.name] = case.refused(provider, Unavailable(why))
+    measured = case.compare([task.provider for task in group if task.provider.name not in rows], seconds=seconds)
+    for task in group:
+        name = task.provider.name
+        if name not in rows:
+            rows[name] = done[point.op, point.shape, name] = next(measured)
+        yield task, rows[name]

@@ -29,16 +29,23 @@ class Times:
 
 
 class CoreClock:
-    """`with CoreClock() as clock: ...; clock.cores`: how many cores this process kept busy in the block."""
+    """`with clock: ...` any number of times; `clock.cores`: how many cores this process kept busy in the blocks."""
 
-    cores = 0.0
+    def __init__(self) -> None:
+        self._wall = self._processor = 0.0
 
     def __enter__(self) -> CoreClock:
-        self._wall, self._processor = time.perf_counter(), time.process_time()
+        self._wall -= time.perf_counter()
+        self._processor -= time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cores = (time.process_time() - self._processor) / max(time.perf_counter() - self._wall, 1e-9)
+        self._wall += time.perf_counter()
+        self._processor += time.process_time()
+
+    @property
+    def cores(self) -> float:
+        return self._processor / max(self._wall, 1e-9)
 
 
 def rounds_within(call: Call, seconds: float, most: int = MAX_ROUNDS) -> int:
