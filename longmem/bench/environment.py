@@ -28,7 +28,8 @@ def restart_with_quiet_threads() -> None:
 
 @cache
 def commit() -> str:
-    """Short git commit of this source tree, "+" when files differ from it; "unknown" outside a repository."""
+    """Short git commit of this source tree, "+" when files differ from it, but for results that are not yet committed;
+    "unknown" outside a repository."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
@@ -39,7 +40,8 @@ def commit() -> str:
         # An installed package may lie inside some other project's repository.
         if Path(git("rev-parse", "--show-toplevel")) != root:
             return "unknown"
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
