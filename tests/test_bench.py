@@ -127,6 +127,30 @@ def test_gate_refuses_an_id_returned_twice() -> None:
         measure("chunk_topk", SHAPE, [Provider("repeats", prepare)], rounds=2)
 
 
+def test_providers_take_turns_and_one_that_fails_in_its_turn_leaves_the_others_timed() -> None:
+    calls: list[str] = []
+
+    def noted(name: str, fails_after: int) -> Provider:
+        def prepare(inputs: object) -> Prepared:
+            right = reference("chunk_topk").prepare(inputs)
+
+            def run() -> object:
+                calls.append(name)
+                if calls.count(name) > fails_after:
+                    raise RuntimeError("worn out")
+                return right.run()
+
+            return Prepared(run, right.collect)
+
+        return Provider(name, prepare)
+
+    rows = measure("chunk_topk", SHAPE, [noted("a", 100), noted("b", 6), noted("c", 100)], rounds=8, strict=False)
+    # The check and the weighing, then a warm-up and two rounds a turn; b breaks off in its second turn.
+    assert "".join(calls) == "aabbcc" + "aaabbbccc" + "aaabbccc" + "aaaccc" * 2
+    assert [row.rounds for row in rows] == [8, 0, 8]
+    assert rows[1].wrong and rows[1].reason == "RuntimeError: worn out"
+
+
 def test_a_wrong_row_says_so_where_nothing_is_raised() -> None:
     rows = measure("chunk_topk", SHAPE, [spoilt("chunk_topk", 1, 1.0), reference("chunk_topk")], rounds=2, strict=False)
     assert rows[0].wrong and "refused by the correctness gate: scores: worst error" in (rows[0].reason or "")
