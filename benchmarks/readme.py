@@ -75,19 +75,13 @@ def official_step(path: Path) -> str:
         "|---|---|---|---|---|",
     ]
     for row in result.rows:
-        precision = "float32" if row.dtype == "float32" else row.dtype.rpartition(" ")[2]
-        seconds = (row.median_ms or 0.0) / 1000
-        busy, peak = seconds * (row.cores or 0.0), (row.peak_bytes or 0) / 1e6
-        lines.append(f"| {row.provider} | {precision} | {seconds:.1f} | {busy:.1f} | {peak:,.0f} |")
+        if row.median_ms is None:
+            raise ValueError(f"{path}: {row.provider} has no time")
+        seconds = row.median_ms / 1000
+        busy = "-" if row.cores is None else f"{seconds * row.cores:.1f}"
+        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}"
+        lines.append(f"| {row.provider} | {row.dtype.rpartition(' ')[2]} | {seconds:.1f} | {busy} | {peak} |")
     return "\n".join([*lines, "", _source(path)]) + "\n"
-
-
-def newest_official_step() -> Path:
-    """Raises SystemExit when none is kept."""
-    found = sorted((ROOT / "benchmarks" / "results").glob("*/official-step/*.json"), key=lambda path: path.name)
-    if not found:
-        raise SystemExit("benchmarks/results/*/official-step holds no result: `python -m benchmarks.official_step`")
-    return found[-1]
 
 
 def _device(result: Result) -> str:
@@ -151,8 +145,11 @@ def main() -> None:
         raise SystemExit("benchmarks/results holds no result: `make bench` makes one")
     leading = Result.load(paths[0])
     text = README.read_text(encoding="utf-8")
-    step = official_step(newest_official_step())
-    for name, content in (("plots", plots(leading)), ("measured", measured(paths)), ("official-step", step)):
+    step = newest(leading.on_gpu, kind="official-step") or newest(on_gpu=False, kind="official-step")
+    if step is None:
+        raise SystemExit("benchmarks/results/*/official-step holds no result: `python -m benchmarks.official_step`")
+    blocks = {"plots": plots(leading), "measured": measured(paths), "official-step": official_step(step)}
+    for name, content in blocks.items():
         if block(name).search(text) is None:
             raise SystemExit(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
         text = block(name).sub(lambda _, content=content: content, text)

@@ -31,7 +31,8 @@ class SegmentDecoder:
         self.model, self.memory, self.rows = model, memory, rows
         self.cache = BackboneCache(starts=[0] * rows)
         self.upper = [LayerCache() for _ in model.sidenet.stack]
-        self.text = torch.empty(rows, 0, dtype=torch.int64)  # the tokens in the cache's columns
+        # the tokens in the cache's columns
+        self.text = torch.empty(rows, 0, dtype=torch.int64, device=model.backbone.device)
 
     def prompt(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Begin with tokens [B, n], n >= 1, with padding on the left where `mask` [B, n] is zero.
@@ -75,7 +76,7 @@ class SegmentDecoder:
             piece, tokens = tokens[:, :room], tokens[:, room:]
             states = model.backbone.encode(piece, (), model.sidenet.depths, cache)
             hidden = model.sidenet(states, self.memory, caches=self.upper)
-            self.text = torch.cat([self.text.to(piece.device), piece], 1)
+            self.text = torch.cat([self.text, piece], 1)
             full = [row for row, start in enumerate(cache.starts) if cache.length - start == segment]
             if full:
                 ended = [row for row in full if row not in finished]

@@ -121,18 +121,23 @@ class LongMem(nn.Module):
 
         Args:
             mask: [R, n] bool, False at padding, which must be on the right; it is not written.
-            rows: the R rows of memory that they belong to, the others stay as they are; default all.
+            rows: the R rows of memory that they belong to, the others stay as they are; default all, in order.
 
         Raises:
-            ValueError: tokens that do not fit the model, or `memory`.
+            ValueError: tokens, mask or rows that do not fit the model, `memory` or each other.
         """
         segment = self.config.segment
+        if tokens.dim() != 2 or (mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool)):
+            got = "" if mask is None else f" and {mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"remember: wanted tokens [R, n] and mask bool [R, n], got {tuple(tokens.shape)}{got}")
+        if rows is not None and (len(set(rows)) != len(rows) or not set(rows) <= set(range(memory.rows))):
+            raise ValueError(f"remember: rows must be different ones of 0 to {memory.rows - 1}, got {list(rows)}")
         some = rows if rows is not None and list(rows) != list(range(memory.rows)) else None
         if mask is None and some is not None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         masks = [None] * -(-tokens.shape[1] // segment) if mask is None else mask.split(segment, 1)
         for piece, kept in zip(tokens.split(segment, 1), masks, strict=True):
-            self._check(piece, memory, len(some) if some is not None else memory.rows)
+            self._check(piece, memory, None if some is None else len(some))
             states = self.backbone.encode(piece, self.config.memory_layers, ())
             key, value = states.key, states.value
             if some is not None:
@@ -275,10 +280,9 @@ class LongMem(nn.Module):
                 f"LongMem: the memory was made by another model ({memory.fingerprint or 'unnamed'}), this one is"
                 f" {self.fingerprint}"
             )
-        wanted = memory.rows if rows is None else rows
-        if wanted != tokens.shape[0]:
-            which = "the memory's" if wanted == memory.rows else "the named"
-            raise ValueError(f"LongMem: tokens must have {which} {wanted} rows, got {tuple(tokens.shape)}")
+        if tokens.shape[0] != (memory.rows if rows is None else rows):
+            wanted = f"the memory's {memory.rows}" if rows is None else f"the {rows} named"
+            raise ValueError(f"LongMem: tokens must have {wanted} rows, got {tuple(tokens.shape)}")
 
 
 def _among(part: Tensor, rows: Sequence[int], count: int) -> Tensor:

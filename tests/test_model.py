@@ -193,8 +193,32 @@ def test_some_rows_remember_and_the_others_stay_as_they_are() -> None:
         assert torch.equal(tensor[1], before[name][1]), name
         torch.testing.assert_close(tensor[0], alone.state_dict()[name][0])
         assert not torch.equal(tensor[2], before[name][2]), name
-    with pytest.raises(ValueError, match="the named 1 rows"):
-        model.remember(more, some, rows=[1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask", "rows", "message"),
+    [
+        ((2, 30), None, [1], "the 1 named rows, got .2, 12."),
+        ((2, 30), None, None, "the memory's 3 rows, got .2, 12."),
+        ((2, 30), None, [0, 3], "different ones of 0 to 2, got .0, 3."),
+        ((2, 30), None, [-1, 0], "different ones of 0 to 2, got .-1, 0."),
+        ((2, 30), None, [1, 1], "different ones of 0 to 2, got .1, 1."),
+        ((30,), None, None, "wanted tokens .R, n. and mask bool .R, n., got .30,."),
+        ((3, 30), (3, 29), None, "got .3, 30. and torch.bool .3, 29."),
+    ],
+)
+def test_what_cannot_be_remembered_is_named_and_nothing_written(
+    shape: tuple[int, ...], mask: tuple[int, ...] | None, rows: list[int] | None, message: str
+) -> None:
+    model = tiny_longmem()
+    memory = model.new_memory(3)
+    model.remember(tokens(3, 12), memory)
+    before = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        ids = torch.zeros(shape, dtype=torch.int64)
+        model.remember(ids, memory, None if mask is None else torch.ones(mask, dtype=torch.bool), rows)
+    for name, tensor in memory.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.parametrize(

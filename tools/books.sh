@@ -5,10 +5,10 @@
 #
 # TRAIN and HELD_OUT are folders (or files, or globs) of long texts, OUT is where everything goes. After an interruption
 # the same command goes on. Prints the table of docs/experiments.md: perplexity of the held-out books with their own
-# memory, an empty one and another book's, and of the backbone alone with short and long context.
+# memory, an empty one and another book's, and of the backbone alone (with a long context too: see EVAL_ARGS).
 # Leaves OUT/metrics.jsonl (loss, tokens per second and memory use of every step), OUT/longmem.safetensors, and
-# OUT/eval/perplexity.json and .png; also OUT/eval/states, what the backbone says about the held-out books, which the next
-# evaluation would compute again (gigabytes; may be deleted).
+# OUT/eval/perplexity.json and .png; also OUT/eval/states, what the backbone says about the held-out books, which the
+# next evaluation would compute again (gigabytes; may be deleted).
 #
 #   SEGMENT      local context in tokens (default 256)
 #   STEPS        optimiser steps (default 240 on a CPU: 250 thousand tokens, 2000 on a GPU: 16 million)

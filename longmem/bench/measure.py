@@ -39,7 +39,7 @@ def first_line(error: Exception) -> str:
 
 
 _HOST_ROUNDS = 20
-TURNS = 4  # of every provider of a case on the CPU
+_TURNS = 4  # of every provider of a case on the CPU
 
 _Attempted = TypeVar("_Attempted")
 
@@ -172,7 +172,7 @@ class Case:
         timing.take(timing.rounds, clock)
         return timing.row()
 
-    def compare(
+    def side_by_side(
         self, providers: Sequence[Provider], *, rounds: int | None = None, seconds: float = 1.0, strict: bool = False
     ) -> Iterator[Row]:
         """`measure` all `providers`; one row each, in order.
@@ -201,10 +201,10 @@ class Case:
                 yield attempt(provider, partial(self.measure, provider, rounds=rounds, seconds=seconds))
             return
         found = [attempt(provider, partial(Timing, self, provider, rounds, seconds)) for provider in providers]
-        for turn in range(TURNS):
+        for turn in range(_TURNS):
             for place, timing in enumerate(found):
                 if isinstance(timing, Timing):
-                    share = timing.rounds * (turn + 1) // TURNS - timing.rounds * turn // TURNS
+                    share = timing.rounds * (turn + 1) // _TURNS - timing.rounds * turn // _TURNS
                     found[place] = attempt(timing.provider, partial(timing.take, share))
         for timing in found:
             yield timing.row() if isinstance(timing, Timing) else timing
@@ -245,7 +245,10 @@ class Case:
 
 
 class Timing:
-    """A provider that the gate has let in, its memory, and the rounds it has run so far.
+    """A provider that the gate has let in, the memory it takes, and the rounds it has run so far.
+
+    Args:
+        rounds, seconds: see `Case.measure`.
 
     Raises:
         Unavailable, GateError: see `Case.admit`.
@@ -260,38 +263,38 @@ class Timing:
             self.peak = peak_extra_bytes(self.call, case.device)
         most = LATENCY_ROUNDS if case.shape.T == 1 else MAX_ROUNDS
         self.rounds = rounds_within(self.call, seconds, most) if rounds is None else rounds
-        self.host: list[float] = []
-        self.device: Times | None = None
+        self.by_host: list[float] = []
+        self.by_events: Times | None = None
         self.clock = CoreClock()
 
     def take(self, rounds: int, clock: Clock = wall_times) -> Timing:
         """Time `rounds` more rounds, after a call that brings back what another provider's turn drove out of caches; a
         single long round needs none."""
         if self.case.device.type == "cuda":
-            self.host += clock(self.call, min(rounds, _HOST_ROUNDS))
+            self.by_host += clock(self.call, min(rounds, _HOST_ROUNDS))
             graphable = self.provider.graphable and self.prepared.graphable and self.prepared.repeat == 1
-            self.device = cuda_times(self.prepared.run, self.case.device, rounds, graphable=graphable)
+            self.by_events = cuda_times(self.prepared.run, self.case.device, rounds, graphable=graphable)
             return self
         if rounds > 1:
             self.call()
         with self.clock:
-            self.host += clock(self.call, rounds)
+            self.by_host += clock(self.call, rounds)
         return self
 
     def row(self) -> Row:
         each = self.prepared.repeat
-        taken, numbers = self.host, dict[str, Any]()
-        if self.device is not None:
-            taken = self.device.cold
-            numbers["host_ms"] = median_ms(self.host, each)
-            numbers["warm_ms"] = median_ms(self.device.warm, each)
-            numbers["graph_ms"] = median_ms(self.device.graph, each)
+        taken, numbers = self.by_host, dict[str, Any]()
+        if self.by_events is not None:
+            taken = self.by_events.cold
+            numbers["host_ms"] = median_ms(self.by_host, each)
+            numbers["warm_ms"] = median_ms(self.by_events.warm, each)
+            numbers["graph_ms"] = median_ms(self.by_events.graph, each)
         return self.case.row(
             self.provider,
             **summarise([one / each for one in taken]),
             **numbers,
             **self.case.least(),
-            cores=None if self.device is not None else self.clock.cores,
+            cores=None if self.by_events is not None else self.clock.cores,
             peak_bytes=self.peak,
             note=self.prepared.note,
         )
@@ -309,7 +312,7 @@ def measure(
     sweep: str | None = None,
     done: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Time providers side by side; one row each, in the order given. See `Case.compare`.
+    """Time providers side by side; one row each, in the order given. See `Case.side_by_side`.
 
     Args:
         op: one of `OPS`.
@@ -328,7 +331,7 @@ def measure(
     case = Case(op, shape, device, sweep=sweep)
     rows = []
     shown = all_providers(op) if providers is None else providers
-    for row in case.compare(shown, rounds=rounds, seconds=seconds, strict=strict):
+    for row in case.side_by_side(shown, rounds=rounds, seconds=seconds, strict=strict):
         rows.append(row)
         done(row)
     return rows

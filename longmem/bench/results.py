@@ -96,7 +96,8 @@ def _compact(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.as_dict().items() if value is not None and value is not False}
 
 
-def newest(on_gpu: bool, folder: Path = RESULTS) -> Path | None:
-    """The latest kept result of a CPU or a GPU; by date, then by time of the file."""
-    found = [path for path in folder.glob("*/*.json") if Result.load(path).on_gpu == on_gpu]
+def newest(on_gpu: bool, folder: Path = RESULTS, kind: str = ".") -> Path | None:
+    """The latest kept result of a CPU or a GPU; by date, then by time of the file. `kind`: the folder of its device's
+    that it lies in, `official-step` for one."""
+    found = [path for path in folder.glob(f"*/{kind}/*.json") if Result.load(path).on_gpu == on_gpu]
     return max(found, key=lambda path: (path.name[:10], path.stat().st_mtime), default=None)

@@ -135,13 +135,13 @@ def run(
     for _, group in groupby(work, lambda task: task.point):
         late = minutes is not None and time.monotonic() - begin > 60 * minutes
         why = f"not begun: the time limit of {minutes:g} minutes was reached" if late else None
-        yield from _compare(list(group), device, seconds, done, why)
+        yield from _point(list(group), device, seconds, done, why)
         gc.collect()  # this shape's inputs, before the next are drawn
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _compare(
+def _point(
     group: Sequence[Task],
     device: torch.device,
     seconds: float,
@@ -161,7 +161,7 @@ def _compare(
         elif provider.unswept and point.sweep and not task.named:
             why = f"{provider.unswept}; left out of sweeps unless asked for with --providers"
             rows[provider.name] = case.refused(provider, Unavailable(why))
-    measured = case.compare([task.provider for task in group if task.provider.name not in rows], seconds=seconds)
+    measured = case.side_by_side([task.provider for task in group if task.provider.name not in rows], seconds=seconds)
     for task in group:
         name = task.provider.name
         if name not in rows:
