@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longmem.data.documents import Document, Skipped, nothing_left
+from longmem.data.documents import Document, Skipped, TextFile, nothing_left
+from longmem.data.sources import Unreadable
+from longmem.data.tokens import tokenize_texts
 
 IGNORE = -100  # what torch's cross entropy leaves out
+IDS = (torch.int32, torch.int64)  # what documents may be; int32 is kept, int64 is what models take
 
 
 @dataclass(frozen=True)
@@ -32,36 +37,64 @@ class Batch:
 
 
 def tokenize_documents(
-    documents: Sequence[Document], tokenizer: Any, min_tokens: int = 1, *, add_special_tokens: bool = False
+    documents: Iterable[Document | TextFile | Skipped],
+    tokenizer: Any,
+    min_tokens: int = 1,
+    *,
+    opening: Sequence[int] = (),
+    cut: int | None = None,
+    distinct: bool = False,
 ) -> tuple[list[Tensor], list[Skipped]]:
-    """Token ids [n] int64 of each document, in order, by a Hugging Face tokenizer.
+    """Token ids [n] int32 of each document, in order, by a Hugging Face tokenizer.
 
-    Returns them and the documents that were left out because they have fewer than `min_tokens` tokens.
+    Documents may come one after another from a generator (`iter_documents`): each is tokenised and let go, large ones in
+    pieces, to the same ids (`longmem.data.tokens`).
+
+    Args:
+        opening: special tokens that every document begins with, once.
+        cut: tokens of a document that are kept at the most; it is tokenised no further than needed.
+        distinct: leave out documents whose kept tokens are those of one before.
+
+    Returns them and what was left out: what came as `Skipped`, documents that cannot be read to their end or are empty,
+    and those that have fewer than `min_tokens` tokens.
 
     Raises:
         ValueError: no document is long enough.
     """
     kept: list[Tensor] = []
     skipped: list[Skipped] = []
-    # Several at a time lets a fast tokenizer use all cores; not all at once, because it also returns offsets, which
-    # are larger than the text.
-    for start in range(0, len(documents), 16):
-        group = documents[start : start + 16]
-        # Not verbose: a document longer than the model's window is the point here, nothing to be warned about.
-        encoded = tokenizer(
-            [item.text for item in group],
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        for item, ids in zip(group, encoded, strict=True):
-            if len(ids) < max(min_tokens, 1):
-                skipped.append(Skipped(item.name, f"{len(ids)} tokens, wanted at least {max(min_tokens, 1)}"))
-            else:
-                kept.append(torch.tensor(ids, dtype=torch.int64))
+    names: dict[bytes, str] = {}
+    shortest = max(min_tokens, 1)
+    texts = _passing(documents, skipped)
+    for item, ids in tokenize_texts(texts, tokenizer, enough=None if cut is None else max(cut, shortest)):
+        if isinstance(ids, Unreadable):
+            skipped.append(Skipped(item.name, str(ids)))
+            continue
+        if ids[: len(opening)].tolist() != list(opening):
+            ids = torch.cat([torch.tensor(opening, dtype=ids.dtype), ids])
+        if len(ids) < shortest:
+            skipped.append(Skipped(item.name, f"{len(ids)} tokens, wanted at least {shortest}"))
+            continue
+        ids = ids[:cut].clone() if cut is not None and cut < len(ids) else ids
+        if distinct:
+            digest = hashlib.blake2b(ids.numpy().data, digest_size=16).digest()
+            if (first := names.setdefault(digest, item.name)) is not item.name:
+                skipped.append(Skipped(item.name, f"the same text as {first}"))
+                continue
+        kept.append(ids)
     if not kept:
         raise nothing_left("tokenize_documents", skipped)
     return kept, skipped
+
+
+def _passing(
+    documents: Iterable[Document | TextFile | Skipped], skipped: list[Skipped]
+) -> Iterator[Document | TextFile]:
+    for item in documents:
+        if isinstance(item, Skipped):
+            skipped.append(item)
+        else:
+            yield item
 
 
 class SegmentStream:
@@ -71,14 +104,17 @@ class SegmentStream:
     `seed`, in an order shuffled anew each epoch. The last segment of a document is padded on the right. Iterating
     runs to the end of the epoch, lanes with nothing left giving padding meanwhile; the next `iter()` starts the next
     epoch. With `repeat` it never ends: a free lane goes on with the next epoch, so no row is ever empty, and two
-    lanes may be in different epochs (and, with fewer documents than rows, in the same document).
+    lanes may be in different epochs.
+
+    With `repeat` and fewer documents than rows, lanes would read the same text at the same time at many times the cost:
+    that is warned about, and `useful_rows` says how many lanes have a document of their own.
 
     For several processes give each its own share of the documents, as in documents[rank::world_size].
 
     `dropped_tokens` counts, per epoch, what `drop_last_short` leaves out (0 without it).
 
     Args:
-        documents: token ids of each document, [n] int64, n > 0.
+        documents: token ids of each document, [n] int32 or int64, n > 0. Batches are int64.
         rows: lanes, B.
         segment: tokens a step, T.
         seed: None for the order of `documents`.
@@ -106,6 +142,13 @@ class SegmentStream:
         self.documents = list(documents)
         self.rows, self.segment, self.seed, self.repeat = rows, segment, seed, repeat
         self._lengths = [len(ids) - len(ids) % segment if drop_last_short else len(ids) for ids in self.documents]
+        if repeat and rows > self.useful_rows:
+            warnings.warn(
+                f"SegmentStream: {rows} rows over {len(self.documents)} document{'s' * (len(self.documents) > 1)}: rows"
+                f" will read the same text side by side; rows={self.useful_rows} learns the same at less cost",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self.tokens_per_epoch = sum(self._lengths)
         self.dropped_tokens = sum(map(len, self.documents)) - self.tokens_per_epoch
         self._checksum = _checksum(self.documents)
@@ -114,6 +157,11 @@ class SegmentStream:
         self._lane_document = [-1] * rows
         self._lane_offset = [0] * rows
         self._order: tuple[int, list[int]] | None = None
+
+    @property
+    def useful_rows(self) -> int:
+        """The number of lanes that have a document of their own."""
+        return min(self.rows, len(self.documents))
 
     def __iter__(self) -> Iterator[Batch]:
         """Goes on from the present state. It advances before a batch is handed out: saved after one, it resumes with
@@ -211,22 +259,26 @@ def _check_documents(documents: Sequence[Tensor], shortest: int) -> None:
     if not documents:
         raise ValueError("SegmentStream: wanted at least one document, got none")
     for index, ids in enumerate(documents):
-        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1 or ids.device.type != "cpu":
+        if not isinstance(ids, Tensor) or ids.dtype not in IDS or ids.dim() != 1 or ids.device.type != "cpu":
             got = (
                 f"{ids.dtype} of shape {list(ids.shape)} on {ids.device}"
                 if isinstance(ids, Tensor)
                 else type(ids).__name__
             )
             raise TypeError(
-                f"SegmentStream: documents[{index}]: wanted an int64 tensor of shape [n] on the CPU, got {got}"
+                f"SegmentStream: documents[{index}]: wanted an int64 tensor of shape [n] on the CPU (or int32), got {got}"
             )
         if len(ids) < shortest:
             raise ValueError(f"SegmentStream: documents[{index}]: wanted at least {shortest} tokens, got {len(ids)}")
 
 
 def _checksum(documents: Sequence[Tensor]) -> int:
-    """Of all tokens and where documents end: a cursor into other texts would resume without a sign of it."""
+    """Of all tokens and where documents end: a cursor into other texts would resume without a sign of it.
+
+    The same for int32 and int64."""
     value = 0
     for ids in documents:
-        value = zlib.crc32(ids.contiguous().numpy().data, zlib.crc32(b"%d" % len(ids), value))
+        value = zlib.crc32(b"%d" % len(ids), value)
+        for part in ids.split(1 << 20):
+            value = zlib.crc32(part.long().contiguous().numpy().data, value)
     return value
