@@ -24,7 +24,7 @@ def test_tokenize_keeps_order_and_reports_short_ones() -> None:
     documents = [Document(str(index), text) for index, text in enumerate(texts)]
     kept, skipped = tokenize_documents(documents, characters, min_tokens=2)
     assert kept[0].tolist() == [97, 98, 99]
-    assert kept[0].dtype == torch.int64
+    assert kept[0].dtype == torch.int32
     assert len(kept) == 41
     assert skipped == [Skipped("1", "0 tokens, wanted at least 2"), Skipped("2", "1 tokens, wanted at least 2")]
     with pytest.raises(ValueError, match="got none\n  2: 1 tokens"):

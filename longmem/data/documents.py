@@ -98,8 +98,6 @@ def nothing_left(where: str, skipped: Sequence[Skipped], shown: int = 10) -> Val
 
 
 def _check_length(document: Document, min_chars: int) -> Document | Skipped:
-    if not document.text.strip():
-        return Skipped(document.name, "empty")
     if len(document.text) < min_chars:
         return Skipped(document.name, f"{len(document.text)} characters, wanted at least {min_chars}")
     return document

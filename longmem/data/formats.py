@@ -48,13 +48,15 @@ def read_file(
 def whole_text(file: TextFile) -> Document | Skipped:
     """The text of a file as a document that is held in memory."""
     try:
-        return Document(file.name, "".join(file.pieces()))
+        return _document(file.name, "".join(file.pieces()))
     except Unreadable as error:
         return Skipped(file.name, str(error))
 
 
-def _plain_line_ends(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+def _document(name: str, text: str) -> Document | Skipped:
+    if not text or text.isspace():
+        return Skipped(name, "empty")
+    return Document(name, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _read_jsonl(
@@ -131,7 +133,7 @@ def _document_of(name: str, value: object, text_field: str) -> Document | Skippe
         value.encode("utf-8")  # JSON can write half of a surrogate pair, which no tokenizer takes
     except UnicodeEncodeError as error:
         return Skipped(name, f"not UTF-8: lone surrogate at character {error.start}")
-    return Document(name, _plain_line_ends(value))
+    return _document(name, value)
 
 
 def _read_parquet(
@@ -198,6 +200,6 @@ def _document_of_scalar(name: str, scalar: Any, text_field: str) -> Document | S
         return _document_of(name, None, text_field)
     data = scalar.as_buffer().to_pybytes()  # not as_py: whether the bytes are UTF-8 nobody has checked
     try:
-        return Document(name, _plain_line_ends(data.decode("utf-8")))
+        return _document(name, data.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Skipped(name, f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} of the text")

@@ -266,7 +266,8 @@ def _check_documents(documents: Sequence[Tensor], shortest: int) -> None:
                 else type(ids).__name__
             )
             raise TypeError(
-                f"SegmentStream: documents[{index}]: wanted an int64 tensor of shape [n] on the CPU (or int32), got {got}"
+                f"SegmentStream: documents[{index}]: wanted an int64 tensor of shape [n] on the CPU, got {got}"
+                " (int32 is taken too)"
             )
         if len(ids) < shortest:
             raise ValueError(f"SegmentStream: documents[{index}]: wanted at least {shortest} tokens, got {len(ids)}")

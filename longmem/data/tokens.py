@@ -124,7 +124,7 @@ def _joined(windows: list[_Window[T]], encode: _Encoder) -> Iterator[tuple[T, Te
             joiner.done = True
             yield joiner.text, window.failed
             continue
-        joiner.blank = joiner.blank and not window.text.strip()
+        joiner.blank = joiner.blank and window.text.isspace()
         try:
             joiner.add(_Piece(window.start, window.text, encoding), window.last)
         except Unreadable as error:
