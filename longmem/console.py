@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from longmem_kernels.info import report as kernels_report
 
 from .backbones import Backbone
 from .backbones.load import load_backbone
-from .data.documents import CORPORA, Document, named_corpus, read_documents
+from .data.documents import (
+    CORPORA,
+    Document,
+    Skipped,
+    TextFile,
+    find_files,
+    iter_documents,
+    named_corpus,
+)
 from .data.stream import tokenize_documents
 from .evaluate.perplexity import PerplexityReport, perplexity
 from .evaluate.plots import plot_perplexity, plot_recall
@@ -27,6 +36,9 @@ from .precision import autocast, resolve_precision
 from .states import StateSource
 from .tasks.recall import RecallConfig, RecallReport, run_recall
 from .training.trainer import Trainer
+
+SHOW_READING = 20_000_000  # bytes of files from which reading them has a progress bar
+SHOW_SKIPPED = 50  # reasons that are printed one by one
 
 
 def choose_device(device: str) -> torch.device:
@@ -50,25 +62,50 @@ def load_run(run: Path, device: str, **changes: Any) -> tuple[LongMem, Any]:
     return LongMem.from_pretrained(run, backbone, **changes), tokenizer
 
 
+def check_data(data: Sequence[str]) -> None:
+    """Raises FileNotFoundError or ValueError where `data` names what is not there: a check that needs no model."""
+    find_files([name for name in data if name not in CORPORA])
+
+
 def load_documents(
-    data: list[str], split: str, tokenizer: Any, *, min_tokens: int, cut: int | None = None
+    data: Sequence[str], split: str, tokenizer: Any, *, min_tokens: int, cut: int | None = None
 ) -> list[torch.Tensor]:
-    """Token ids of named corpora (`split` of them) and of files, saying what is skipped and why."""
-    documents: list[Document] = []
-    for name in data:
-        if name in CORPORA:
-            documents += getattr(named_corpus(name), split)
-            continue
-        found, skipped = read_documents([name])
-        documents += found
-        for item in skipped:
-            typer.echo(f"skipped {item.name}: {item.reason}", err=True)
-    tokens, skipped = tokenize_documents(documents, tokenizer, min_tokens)
-    for item in skipped:
+    """Token ids [n] int32 of named corpora (`split` of them) and of files, saying what is left out and why.
+
+    Files and texts that come twice are used once. At most `cut` tokens of a document are kept, and tokenised.
+
+    Raises:
+        FileNotFoundError, ValueError: a path does not exist, is of no known kind, or nothing can be used.
+    """
+    seen: set[Any] = set()
+    sources = [name if name in CORPORA else find_files([name], seen) for name in dict.fromkeys(data)]
+    paths = [entry for source in sources if not isinstance(source, str) for entry in source]
+    size = sum(_size(entry) for entry in paths)
+    with tqdm(total=size, desc="read", unit="B", unit_scale=True, disable=size < SHOW_READING, leave=False) as bar:
+
+        def documents() -> Iterator[Document | TextFile | Skipped]:
+            for source in sources:
+                if isinstance(source, str):
+                    yield from getattr(named_corpus(source), split)
+                else:
+                    yield from iter_documents(source, told=bar.update)
+
+        tokens, skipped = tokenize_documents(documents(), tokenizer, min_tokens, cut=cut, distinct=True)
+    for item in skipped[:SHOW_SKIPPED]:
         typer.echo(f"skipped {item.name}: {item.reason}", err=True)
-    tokens = [ids[:cut] for ids in tokens]
-    typer.echo(f"{split}: {len(tokens)} documents, {sum(map(len, tokens)):,} tokens", err=True)
+    if len(skipped) > SHOW_SKIPPED:
+        typer.echo(f"and {len(skipped) - SHOW_SKIPPED:,} more", err=True)
+    left_out = sum(item.count for item in skipped)
+    of = f" of {len(tokens) + left_out:,}" if left_out else ""
+    typer.echo(f"{split}: {len(tokens):,} documents{of}, {sum(map(len, tokens)):,} tokens", err=True)
     return tokens
+
+
+def _size(entry: Path | Skipped) -> int:
+    try:
+        return 0 if isinstance(entry, Skipped) else entry.stat().st_size
+    except OSError:  # vanished: reading it says so
+        return 0
 
 
 def split_documents(
@@ -129,7 +166,7 @@ def remember_with_bar(model: LongMem, document: torch.Tensor, memory: MemoryBank
     with tqdm(total=len(document), desc="remember", unit="tok", unit_scale=True) as bar:
         for piece in document[None].split(model.config.segment, 1):
             with autocast("auto", model.backbone.device):
-                model.remember(piece.to(model.backbone.device), memory)
+                model.remember(piece.long().to(model.backbone.device), memory)
             bar.update(piece.shape[1])
 
 
