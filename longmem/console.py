@@ -62,11 +62,6 @@ def load_run(run: Path, device: str, **changes: Any) -> tuple[LongMem, Any]:
     return LongMem.from_pretrained(run, backbone, **changes), tokenizer
 
 
-def check_data(data: Sequence[str]) -> None:
-    """Raises FileNotFoundError or ValueError where `data` names what is not there: a check that needs no model."""
-    find_files([name for name in data if name not in CORPORA])
-
-
 def load_documents(
     data: Sequence[str], split: str, tokenizer: Any, *, min_tokens: int, cut: int | None = None
 ) -> list[torch.Tensor]:

@@ -47,3 +47,21 @@ def load_tensors(
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header)  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{kind}: {path} is no whole safetensors file ({error})") from None
+
+
+def open_tensors(path: str | Path, kind: str) -> Any:
+    """Returns a file written by `save_tensors` with the same `kind`, open: a `safe_open` handle that reads tensors, or
+    parts of them, when asked for.
+
+    Raises:
+        ValueError: there is no such file, or it is something else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{kind}: there is no file {path}")
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{kind}: {path} is no whole safetensors file ({error})") from None
+    if kind not in (file.metadata() or {}):
+        raise ValueError(f"{kind}: {path} is a safetensors file, but not a {kind}")
+    return file

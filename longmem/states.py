@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .backbones import States
 from .data.stream import Batch
-from .files import load_tensors, save_tensors
+from .files import open_tensors, save_tensors
 from .model import LongMem
 from .precision import autocast, resolve_precision
 
@@ -39,11 +39,11 @@ class StateCache:
 
     The backbone is frozen and sees one segment at a time, so its states depend on the document and the segment length
     alone: training over them costs only the layers above. A file takes at most 4 * (depths * E + 2 * G * D) bytes per
-    token.
+    token. Of a file only the segments at hand are read, and only the files of the documents at hand are open.
 
     Args:
         model: whose backbone encodes, and whose depths are kept.
-        documents: token ids of each document, [n] int64; `batch.document` and `batch.start` index them.
+        documents: token ids of each document, [n] int32 or int64; `batch.document` and `batch.start` index them.
         folder: where the files go. They are named by content, so texts and models can share it.
         rows: segments encoded at once.
         precision: of the encoder's matrix products, see `longmem.precision`.
@@ -62,7 +62,9 @@ class StateCache:
     ) -> None:
         self.model, self.documents, self.folder, self.rows = model, documents, Path(folder), rows
         self.precision, self.dtype = resolve_precision(precision, model.backbone.device), dtype
-        self._open: dict[int, dict[str, Tensor]] = {}
+        self._open: dict[int, Any] = {}
+        self._before: set[int] = set()  # the documents of the call before
+        self._paths: dict[int, Path] = {}
 
     def fill(self, progress: Callable[[int], object] | None = None) -> None:
         """Encode what is not on disk yet. `progress` is told the number of tokens after each step."""
@@ -70,8 +72,13 @@ class StateCache:
 
     def __call__(self, batch: Batch) -> States:
         length = batch.tokens.shape[1]
-        places = zip(batch.document.tolist(), batch.start.tolist(), strict=True)
-        rows = [self._segment(document, start, length) for document, start in places]
+        places = list(zip(batch.document.tolist(), batch.start.tolist(), strict=True))
+        found = {row: self._segment(*place, length) for row, place in enumerate(places) if place[0] >= 0}
+        if not found:
+            raise ValueError("StateCache: wanted a batch with a document in one of its rows at least, got none")
+        nothing = {name: torch.zeros_like(tensor) for name, tensor in next(iter(found.values())).items()}
+        rows = [found.get(row, nothing) for row in range(len(places))]
+        self._let_go({document for document, _ in places})
         device = self.model.backbone.device
         stacked = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
         if self.dtype is not None:
@@ -80,36 +87,57 @@ class StateCache:
         return States(hidden, stacked["key"].transpose(1, 2), stacked["value"].transpose(1, 2))
 
     def _segment(self, document: int, start: int, length: int) -> dict[str, Tensor]:
-        """The states of one row, padded with zeros to `length` tokens; all zeros for a row without a document."""
-        states = self._document(max(document, 0))
-        stop = start + length if document >= 0 else start
-        rows = {name: tensor[start:stop] for name, tensor in states.items()}
+        """The states of one row, padded with zeros to `length` tokens."""
+        file = self._document(document)
+        rows = {name: file.get_slice(name)[start : start + length] for name in self._row_shapes()}
         missing = length - len(rows["key"])
         if missing:
             rows = {name: torch.cat([row, row.new_zeros(missing, *row.shape[1:])]) for name, row in rows.items()}
         return rows
 
-    def _document(self, index: int) -> dict[str, Tensor]:
+    def _document(self, index: int) -> Any:
+        """The open file of a document's states, which are computed first where there is none."""
         if index not in self._open:
             path = self.path(index)
             if not path.exists():
                 _encode([self], index, None)
-            self._open[index], _ = load_tensors(path, _KIND)
+            file = open_tensors(path, _KIND)
+            wanted = {name: [len(self.documents[index]), *shape] for name, shape in self._row_shapes().items()}
+            got = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            if wanted != got:
+                raise ValueError(f"{_KIND}: {path}: wanted tensors of shapes {wanted}, got {got}")
+            self._open[index] = file
         return self._open[index]
+
+    def _row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept of one token."""
+        config, backbone = self.model.config, self.model.backbone
+        layer = backbone.layer(config.memory_layers[0])
+        heads = len(config.memory_layers) * layer.kv_heads
+        shapes: dict[str, tuple[int, ...]] = {f"hidden_{d}": (backbone.hidden_size,) for d in self.model.sidenet.depths}
+        return shapes | dict.fromkeys(("key", "value"), (heads, layer.head_dim))
+
+    def _let_go(self, documents: set[int]) -> None:
+        """Closes the files of documents that neither this call nor the one before has read: a control reads two
+        documents in turn."""
+        for index in self._open.keys() - documents - self._before:
+            del self._open[index]
+        self._before = documents
 
     def path(self, index: int) -> Path:
         """Where the states of a document are, or will be."""
-        about = (
-            f"{self.model.fingerprint} {sorted(self.model.sidenet.depths)} {self.model.config.segment} {self.precision}"
-        )
-        if self.dtype is not None:
-            about += f" {self.dtype}"
-        digest = hashlib.sha256(about.encode() + self.documents[index].numpy().tobytes())
-        return self.folder / f"{digest.hexdigest()[:24]}.safetensors"
+        if index not in self._paths:
+            model = self.model
+            about = f"{model.fingerprint} {sorted(model.sidenet.depths)} {model.config.segment} {self.precision}"
+            if self.dtype is not None:
+                about += f" {self.dtype}"
+            digest = hashlib.sha256(about.encode() + self.documents[index].long().numpy().tobytes())
+            self._paths[index] = self.folder / f"{digest.hexdigest()[:24]}.safetensors"
+        return self._paths[index]
 
     def pieces(self, index: int) -> list[Tensor]:
         """A document's segments, [rows, T] at a time, and what is left over."""
-        tokens, segment = self.documents[index], self.model.config.segment
+        tokens, segment = self.documents[index].long(), self.model.config.segment
         whole = len(tokens) // segment * segment
         pieces = list(tokens[:whole].view(-1, segment).split(self.rows)) if whole else []
         return [*pieces, tokens[None, whole:]] if whole < len(tokens) else pieces
@@ -144,14 +172,19 @@ def _encode(caches: Sequence[StateCache], index: int, progress: Callable[[int], 
     backbone = caches[0].model.backbone
     layers = sorted(set().union(*(cache.model.config.memory_layers for cache in caches)))
     depths = set().union(*(cache.model.sidenet.depths for cache in caches))
-    parts: list[dict[str, list[Tensor]]] = [{} for _ in caches]
+    length = len(caches[0].documents[index])
+    whole: list[dict[str, Tensor]] = [{} for _ in caches]
+    done = 0
     for piece in caches[0].pieces(index):
         with autocast(caches[0].precision, backbone.device):
             states = backbone.encode(piece.to(backbone.device), layers, depths)
-        for cache, mine in zip(caches, parts, strict=True):
+        for cache, mine in zip(caches, whole, strict=True):
             for name, tensor in cache.kept(states, layers).items():
-                mine.setdefault(name, []).append(tensor)
+                if name not in mine:
+                    mine[name] = tensor.new_empty(length, *tensor.shape[1:])
+                mine[name][done : done + len(tensor)] = tensor
+        done += piece.numel()
         if progress is not None:
             progress(piece.numel())
-    for cache, mine in zip(caches, parts, strict=True):
-        save_tensors(cache.path(index), {name: torch.cat(tensors) for name, tensors in mine.items()}, _KIND, {})
+    for cache, mine in zip(caches, whole, strict=True):
+        save_tensors(cache.path(index), mine, _KIND, {})
