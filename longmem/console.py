@@ -142,6 +142,8 @@ def announce(model: LongMem, precision: str) -> None:
 def train_with_bar(trainer: Trainer) -> None:
     if trainer.step:
         typer.echo(f"continuing from step {trainer.step}", err=True)
+        for name, (old, new) in trainer.changed.items():
+            typer.echo(f"{name.removeprefix('train.')}: {new} from here on, {old} before", err=True)
     with tqdm(total=trainer.config.steps, initial=trainer.step, desc="train", unit="step") as bar:
 
         def report(metrics: dict[str, float]) -> None:

@@ -163,7 +163,10 @@ def probe_layers(
         stream = SegmentStream(
             training, rows=plan.train.rows, segment=plan.config.segment, seed=plan.train.seed, repeat=True
         )
-        trainer = Trainer(model, stream, train_states.pop(layer), plan.train, plan.folder / f"layer-{layer}")
+        # Exact: layers are compared, so that all must have been trained alike.
+        trainer = Trainer(
+            model, stream, train_states.pop(layer), plan.train, plan.folder / f"layer-{layer}", exact=True
+        )
         trainer.run(lambda _, layer=layer: told(layer, "step"))  # type: ignore[misc]
         reports[layer] = perplexity(
             model,

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from longmem.files import load_tensors, save_tensors
 
 from .processes import Processes
 
 _KIND = "longmem checkpoint"
+_OPTIONAL = ("cuda_rng",)  # a run may have begun where there was no GPU
 _FOLDERS = "checkpoint-????????"
 
 
@@ -44,35 +48,74 @@ class Checkpoints:
 
     Args:
         identity: what must not differ between the run that saved and the one that loads.
+        may_change: of a run that was saved after so many steps, the parts of `identity` that may differ all the same,
+            as "train.steps".
+
+    Attributes:
+        changed: after `load`, the parts that do differ: as they were saved, and as they are now.
     """
 
-    def __init__(self, folder: Path, processes: Processes, identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        processes: Processes,
+        identity: dict[str, Any],
+        may_change: Callable[[int], Collection[str]] = lambda step: (),
+    ) -> None:
         self.folder, self.processes, self.identity = folder, processes, identity
+        self.may_change = may_change
+        self.changed: dict[str, tuple[Any, Any]] = {}
         self.file = folder / "checkpoint.safetensors"
         if processes.first:
             for leftover in folder.glob("checkpoint*.part"):  # of a run that was killed while it saved
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def save(self, step: int, content: Content) -> None:
+        """Replaces the checkpoint. Raises OSError where it cannot be written; the one before is intact then."""
         if not self.processes.distributed:
             about = {"step": step, "identity": self.identity, **content.about}
-            save_tensors(self.file, content.common | content.own, _KIND, about)
+            try:
+                save_tensors(self.file, content.common | content.own, _KIND, about)
+            except SafetensorError as error:  # what safetensors makes of an OSError
+                raise OSError(f"{self.file}: {' '.join(str(error).split())}") from None
             return
         target = self.folder / f"checkpoint-{step:08d}"
         unfinished = target.with_name(target.name + ".part")
+        try:
+            self._together(lambda: self._begin(unfinished, step))
+            self._together(lambda: self._write(unfinished, content))
+            self._together(lambda: self._replace(unfinished, target))
+        except OSError:
+            if self.processes.first:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _together(self, write: Callable[[], None]) -> None:
+        """Processes fail together: what stops one would leave the others waiting for it."""
+        problem = None
+        try:
+            write()
+        except OSError as error:
+            problem = error
+        except (RuntimeError, CheckpointException) as error:  # what torch.distributed.checkpoint makes of it
+            problem = OSError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        self.processes.agree(problem)
+
+    def _begin(self, unfinished: Path, step: int) -> None:
         if self.processes.first:
             unfinished.mkdir()
             (unfinished / "about.json").write_text(json.dumps({"step": step, "identity": self.identity}))
-        self.processes.barrier()
+
+    def _write(self, unfinished: Path, content: Content) -> None:
         dcp.save(self._named(content), checkpoint_id=unfinished)
         (unfinished / f"process-{self.processes.rank}.json").write_text(json.dumps(content.about))
-        self.processes.barrier()
+
+    def _replace(self, unfinished: Path, target: Path) -> None:
         if self.processes.first:
             before = self._folders()
             os.rename(unfinished, target)
             for old in before:
                 shutil.rmtree(old)
-        self.processes.barrier()
 
     def load(self, content: Content) -> dict[str, Any] | None:
         """Fills the tensors of `content` in place. Returns `about` and the `step`; None where there is no checkpoint.
@@ -97,7 +140,8 @@ class Checkpoints:
         self._check(self.file, about)
         with torch.no_grad():
             for name, tensor in (content.common | content.own).items():
-                tensor.copy_(tensors[name])
+                if name in tensors or name not in _OPTIONAL:
+                    tensor.copy_(tensors[name])
         return about
 
     def _load_folder(self, folder: Path, content: Content) -> dict[str, Any]:
@@ -115,20 +159,25 @@ class Checkpoints:
         return sorted(self.folder.glob(_FOLDERS))
 
     def _check(self, path: Path, about: dict[str, Any]) -> None:
-        if about["identity"] != self.identity:
-            raise ValueError(
-                f"checkpoint: {path} belongs to another run"
-                f" ({'; '.join(_differences(about['identity'], self.identity))}); choose another folder, or remove"
-                " this one's checkpoint to start anew"
-            )
+        found = _differences(about["identity"], self.identity)
+        self.changed = {name: found[name] for name in found if name in self.may_change(about["step"])}
+        refused = {name: values for name, values in found.items() if name not in self.changed}
+        if not refused:
+            return
+        listed = "; ".join(f"{name}: saved {old}, now {new}" for name, (old, new) in refused.items())
+        remedy = "choose another folder, or remove this one's checkpoint to start anew"
+        if refused.keys() <= set(self.may_change(-1)):
+            remedy = f"it has made all its {about['step']} steps: with more of them it goes on, and these may change"
+        raise ValueError(f"checkpoint: {path} belongs to another run ({listed}); {remedy}")
 
 
-def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
+def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Where two identities differ: what was saved, and what is wanted."""
+    found = {}
     for key in sorted(saved.keys() | wanted.keys()):
         old, new = saved.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
+            found |= _differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key}: saved {old}, now {new}")
+            found[f"{prefix}{key}"] = old, new
     return found

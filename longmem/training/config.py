@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 from longmem.precision import PRECISIONS
 
 PARALLEL = ("ddp", "fsdp")
 RESETS = ("document", "never")
+# What a run that was saved may change when it goes on. How the work is done and kept:
+HARMLESS = frozenset({"save_every", "checkpoint_activations", "compile"})
+# How the steps that are left to make are made:
+CHANGEABLE = HARMLESS | {
+    "steps", "learning_rate", "head_rate", "warmup", "clip", "weight_decay", "usage_weight", "usage_target", "precision",
+}  # fmt: skip
+
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+
+
+def _one_of(choices: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in choices), f"be one of {', '.join(choices)}"
+
+
+# Bounded: what is larger overflows somewhere else, under another name.
+_COUNT = (lambda value: 1 <= value < 2**31), "be at least 1 and below 2**31"
+_POSITIVE = (lambda value: 0 < value < 1e30), "be above 0 and below 1e30"
+_NOT_NEGATIVE = (lambda value: 0 <= value < 1e30), "not be negative, and below 1e30"
+# field -> whether a value is in its range, and the range in words
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("steps", "rows", "accumulate", "save_every"), _COUNT),
+    **dict.fromkeys(("learning_rate", "head_rate", "clip"), _POSITIVE),
+    **dict.fromkeys(("warmup", "weight_decay", "usage_weight"), _NOT_NEGATIVE),
+    "usage_target": ((lambda value: 0 < value < 1), "lie in (0, 1)"),
+    "seed": ((lambda value: 0 <= value < 2**32), "lie in [0, 2**32)"),
+    "precision": _one_of(PRECISIONS),
+    "parallel": _one_of(PARALLEL),
+    "reset": _one_of(RESETS),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +62,13 @@ class TrainConfig:
         compile: run layers that read no memory through `torch.compile`.
         parallel: how several processes share the work: "ddp" (each has all weights) or "fsdp" (each has a part).
         shard_memory: one memory over all processes (`ShardedMemoryBank`) instead of one in each.
-        seed: order of the documents and of everything random.
+        seed: order of the documents and of everything random, below 2**32.
+
+    A run that was saved goes on with other values of `CHANGEABLE` fields. The schedule of learning rates belongs to
+    `steps`: with more of them the rate rises again to where the longer schedule has it at that step.
+
+    Raises:
+        TypeError, ValueError: a field of another type, or out of its range; names it.
     """
 
     steps: int = 60
@@ -54,22 +91,15 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows", "accumulate", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "head_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"TrainConfig: {name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "usage_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"TrainConfig: {name} must not be negative, got {getattr(self, name)}")
-        if not 0 < self.usage_target < 1:
-            raise ValueError(f"TrainConfig: usage_target must lie in (0, 1), got {self.usage_target}")
-        for name, allowed in (("precision", PRECISIONS), ("parallel", PARALLEL), ("reset", RESETS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"TrainConfig: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+        for field in fields(self):
+            kind, value = type(field.default), getattr(self, field.name)
+            # An int is as good as a float, and a bool is no number.
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int) if kind is float else kind):
+                raise TypeError(f"TrainConfig: {field.name} must be {_KINDS[kind]}, got {value!r}")
+        for name, (fits, wanted) in _RANGES.items():
+            value = getattr(self, name)
+            if not fits(value):
+                raise ValueError(f"TrainConfig: {name} must {wanted}, got {value!r}")
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, ..."""

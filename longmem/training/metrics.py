@@ -24,8 +24,11 @@ class MetricsLog:
             _truncate(self._path, step)
 
     def write(self, metrics: dict[str, float]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:  # of a write, it does not name the file
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         if self._writer is not None:
             for name, value in metrics.items():
                 if name != "step":

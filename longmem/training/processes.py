@@ -49,6 +49,22 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
+    def largest(self, value: float) -> float:
+        """Of a value over all processes."""
+        if self.count == 1:
+            return value
+        box = torch.tensor(value, dtype=torch.float64, device=self._device())
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return box.item()
+
+    def agree(self, problem: OSError | None) -> None:
+        """Raises `problem`, in all processes where one of them has it: those that went on would wait for it for ever."""
+        (failed,) = self.sum([problem is not None])
+        if problem is not None:
+            raise problem
+        if failed:
+            raise OSError(f"{failed:.0f} other process{'es' * (failed > 1)} failed")
+
     def barrier(self) -> None:
         if self.distributed:
             dist.barrier()

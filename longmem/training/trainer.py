@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import warnings
@@ -21,11 +22,14 @@ from longmem.sidenet import MemoryRead
 from longmem.states import StateSource
 
 from .checkpoint import Checkpoints, Content
-from .config import TrainConfig
+from .config import CHANGEABLE, HARMLESS, TrainConfig
+from .interruption import Interruption
 from .metrics import MetricsLog
 from .parallel import prepare
 from .processes import Processes, whole
 from .step import Measured, Step
+
+logger = logging.getLogger(__name__)
 
 # After so many steps in which no query found anything in memory, something is wrong.
 EMPTY_STEPS = 10
@@ -35,7 +39,11 @@ class Trainer:
     """Trains `model` on `stream` and keeps everything in `folder`: checkpoint, metrics.jsonl, the model.
 
     A run that was interrupted goes on from its last checkpoint, exactly where it was: weights, optimiser, position in
-    the documents, memory, random state.
+    the documents, memory, random state. So does a finished one that is given more steps. What of its configuration may
+    differ then is `CHANGEABLE`; `changed` lists what does.
+
+    SIGINT (Ctrl-C), SIGTERM and SIGHUP, to any process of the run, are obeyed after the step that is under way, when a
+    checkpoint has been saved; a second Ctrl-C at once.
 
     In a process group of torch.distributed every process makes its own Trainer, with the same arguments but for
     `stream`, which walks its share of the documents (`Processes.share_of`), and `states`. Every token of all processes
@@ -43,11 +51,16 @@ class Trainer:
 
     Args:
         tensorboard: log for TensorBoard too, in `folder`/tensorboard.
+        exact: refuse to go on with a run unless it ends in the same weights as without the interruption.
+
+    Attributes:
+        changed: of a run that goes on, what differs from before: "train.steps" -> (saved, now).
 
     Raises:
         ValueError: the folder holds the checkpoint of another run (configuration, texts, backbone or number of
-            processes differ); TensorBoard is asked for and not installed.
+            processes differ), or of one that has made more steps; TensorBoard is asked for and not installed.
         FloatingPointError: from `run`, when the loss or its gradient is not finite; the last checkpoint is intact.
+        OSError: from `run`, when a checkpoint cannot be written; the one before is intact.
     """
 
     def __init__(
@@ -59,6 +72,7 @@ class Trainer:
         folder: str | Path,
         *,
         tensorboard: bool = False,
+        exact: bool = False,
     ) -> None:
         self.model, self.stream, self.config, self.folder = model, stream, config, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,15 +101,26 @@ class Trainer:
             torch.manual_seed(config.seed * self.processes.count + self.processes.rank)
         self.step = 0
         self._found_memory = False
-        self.checkpoints = Checkpoints(self.folder, self.processes, identity)
+        self.checkpoints = Checkpoints(
+            self.folder, self.processes, identity, lambda step: self._may_change(step, exact)
+        )
         self._load()
+        self.changed = self.checkpoints.changed
         self._log = MetricsLog(self.folder, self.step, tensorboard) if self.processes.first else None
+
+    def _may_change(self, step: int, exact: bool) -> set[str]:
+        """What may differ in a run that was saved after so many steps. One that is finished keeps what it was."""
+        fields = HARMLESS
+        if not exact:
+            fields = CHANGEABLE if step < self.config.steps else HARMLESS | {"steps"}
+        return {f"train.{name}" for name in fields}
 
     def run(self, report: Callable[[dict[str, float]], None] | None = None) -> None:
         """Train to the last step, then save the model. `report` is told each step's metrics (see `_metrics`)."""
         batches = self._batches()
         try:
-            self._run(batches, report)
+            with Interruption() as interruption:
+                self._run(batches, report, interruption)
         finally:
             if self._log is not None:
                 self._log.close()
@@ -104,7 +129,12 @@ class Trainer:
             self.model.save_pretrained(self.folder, weights)
         self.processes.barrier()
 
-    def _run(self, batches: Iterator[Batch], report: Callable[[dict[str, float]], None] | None) -> None:
+    def _run(
+        self,
+        batches: Iterator[Batch],
+        report: Callable[[dict[str, float]], None] | None,
+        interruption: Interruption,
+    ) -> None:
         while self.step < self.config.steps:
             began = time.perf_counter()
             segments = [next(batches) for _ in range(self.config.accumulate)]
@@ -115,8 +145,34 @@ class Trainer:
                 self._log.write(metrics)
             if report is not None:
                 report(metrics)
-            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-                self.checkpoints.save(self.step, self._content())
+            signal = int(self.processes.largest(interruption.number))
+            if signal or self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                self._save()
+            if signal:
+                self._end(interruption, signal)
+
+    def _save(self) -> None:
+        try:
+            self.checkpoints.save(self.step, self._content())
+        except OSError as error:
+            raise OSError(
+                f"Trainer: the checkpoint of step {self.step} could not be written: {error}. The one before, if any, is"
+                f" intact in {self.folder}, and the same run goes on from there"
+            ) from error
+
+    def _end(self, interruption: Interruption, signal: int) -> None:
+        """Obey a signal, and say what is kept to whoever sees the exception, or a process that ends without one."""
+        words = (
+            f"stopped after step {self.step} of {self.config.steps}; {self.folder} has its checkpoint, and the same run"
+            " goes on from there"
+        )
+        if interruption.is_fatal(signal):
+            logger.warning(words)
+        try:
+            interruption.obey(signal)
+        except KeyboardInterrupt as error:
+            error.args = error.args or (words,)
+            raise
 
     def _batches(self) -> Iterator[Batch]:
         while True:
@@ -229,6 +285,11 @@ class Trainer:
         if "cuda_rng" in content.own:
             torch.cuda.set_rng_state(content.own["cuda_rng"])
         self.step, self._found_memory = about["step"], about["found_memory"]
+        if self.step > self.config.steps:
+            raise ValueError(
+                f"Trainer: the run in {self.folder} has made {self.step} steps already: wanted steps={self.step} or"
+                f" more, got {self.config.steps}"
+            )
 
 
 def _mean(parts: list[Tensor]) -> float:
