@@ -65,7 +65,7 @@ def load_run(run: Path, device: str, **changes: Any) -> tuple[LongMem, Any]:
 def load_documents(
     data: Sequence[str], split: str, tokenizer: Any, *, min_tokens: int, cut: int | None = None
 ) -> list[torch.Tensor]:
-    """Token ids [n] int32 of named corpora (`split` of them) and of files, saying what is left out and why.
+    """Token ids [n] int32 of named corpora (`split` of them, or "all") and of files, saying what is left out and why.
 
     Files and texts that come twice are used once. At most `cut` tokens of a document are kept, and tokenised.
 
@@ -106,11 +106,14 @@ def _size(entry: Path | Skipped) -> int:
 def split_documents(
     data: list[str], tokenizer: Any, held_out: int, *, min_tokens: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Documents to train on and to measure on: the splits of named corpora, or all but the last `held_out` files.
+    """Documents to train on and to measure on: the splits of named corpora or, where there are files among them, all but
+    the last `held_out` documents.
 
     Raises:
         ValueError: there are too few documents.
     """
+    if held_out < 1:
+        raise ValueError(f"wanted at least 1 document to hold out, got {held_out}")
     if all(name in CORPORA for name in data):
         train = load_documents(data, "train", tokenizer, min_tokens=min_tokens)
         return train, load_documents(data, "test", tokenizer, min_tokens=min_tokens)[:held_out]

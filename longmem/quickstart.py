@@ -44,7 +44,7 @@ def run_quickstart(out: Path, data: list[str] | None, steps: int, device: str) -
     backbone, tokenizer = load_backbone("smollm2", target)
     model = LongMem(backbone, LongMemConfig(memory_layers=default_memory_layers(backbone)))
     announce(model, "auto")
-    train, test = _texts(data, tokenizer, steps, model.config.segment)
+    train, test = _texts(data, tokenizer)
 
     typer.echo("2/4 training", err=True)
     config = TrainConfig(steps=steps)
@@ -72,15 +72,15 @@ def run_quickstart(out: Path, data: list[str] | None, steps: int, device: str) -
     typer.echo(f"plots: {out}/perplexity.png {out}/timing.png; metrics: {out}/metrics.jsonl", err=True)
 
 
-def _texts(
-    data: list[str] | None, tokenizer: object, steps: int, segment: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Documents to train on, cut to what `steps` steps can use, and `HELD_OUT` to measure on."""
+def _texts(data: list[str] | None, tokenizer: object) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Documents to train on, one for each row, and `HELD_OUT` to measure on.
+
+    Those to train on are whole, whatever the number of steps: the run goes on with more steps over the same documents.
+    """
     rows = TrainConfig.rows
-    cut = steps * segment + 1
     shortest = EVALUATED + 1
     if data is None:
-        train = load_documents(["shakespeare"], "train", tokenizer, min_tokens=shortest, cut=cut)[:rows]
+        train = load_documents(["shakespeare"], "train", tokenizer, min_tokens=shortest)[:rows]
         test = load_documents(["shakespeare"], "test", tokenizer, min_tokens=shortest, cut=shortest)[:HELD_OUT]
         return train, test
     documents = load_documents(data, "all", tokenizer, min_tokens=shortest)
@@ -89,4 +89,4 @@ def _texts(
             f"quickstart: wanted at least {HELD_OUT + 1} documents of {shortest} tokens or more ({HELD_OUT} are held"
             f" out), got {len(documents)}"
         )
-    return [ids[:cut] for ids in documents[:-HELD_OUT][:rows]], [ids[:shortest] for ids in documents[-HELD_OUT:]]
+    return documents[:-HELD_OUT][:rows], [ids[:shortest] for ids in documents[-HELD_OUT:]]

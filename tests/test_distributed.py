@@ -239,8 +239,8 @@ def refuse(rank: int, folder: Path) -> None:
     with pytest.raises(ValueError, match="holds that of a run without torchrun"):
         trainer(folder / "alone", *arguments)
     train(rank, folder / "run", *arguments)
-    with pytest.raises(ValueError, match=r"train\.steps: saved 2, now 3"):
-        trainer(folder / "run", [60, 60], 1, {}, {"steps": 3})
+    with pytest.raises(ValueError, match=r"train\.accumulate: saved 1, now 2"):
+        trainer(folder / "run", [60, 60], 1, {}, {"steps": 3, "accumulate": 2})
     with pytest.raises(ValueError, match="a document for each of 2 processes, got 1"):
         trainer(folder / "run", [60], 1, {}, {})
     one = trainer(folder / "nan", *arguments)

@@ -28,9 +28,15 @@ __all__ = [
 
 
 class Corpus(NamedTuple):
+    """A corpus with a fixed split."""
+
     train: list[Document]
     valid: list[Document]
     test: list[Document]
+
+    @property
+    def all(self) -> list[Document]:
+        return [*self.train, *self.valid, *self.test]
 
 
 def read_documents(

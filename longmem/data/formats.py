@@ -21,6 +21,7 @@ from longmem.data.sources import (
 
 LARGE = 1 << 23  # bytes of a .txt file from which it is read piece by piece
 LONGEST_LINE = 1 << 30  # bytes; a record so long is no document
+NAMED = 1000  # records of one file that are named where they are left out; more are counted
 ROWS = 256  # of a Parquet file, read at once
 
 
@@ -35,14 +36,29 @@ def read_file(
     try:
         kind = kind_of(path)
         if kind == ".jsonl":
-            yield from _read_jsonl(path, text_field, told)
+            yield from _bounded(path, _read_jsonl(path, text_field, told))
         elif kind == ".parquet":
-            yield from _read_parquet(path, text_field, told)
+            yield from _bounded(path, _read_parquet(path, text_field, told))
         else:
             text = TextFile(str(path), path, told)
             yield text if path.stat().st_size >= LARGE else whole_text(text)
     except READ_ERRORS as error:
         yield Skipped(str(path), reason_of(error))
+
+
+def _bounded(path: Path, items: Iterator[Document | TextFile | Skipped]) -> Iterator[Document | TextFile | Skipped]:
+    """Of a file in which hardly anything can be used, not every record is named."""
+    named = more = 0
+    for item in items:
+        if not isinstance(item, Skipped):
+            yield item
+        elif named < NAMED:
+            named += 1
+            yield item
+        else:
+            more += item.count
+    if more:
+        yield Skipped(str(path), f"{more:,} more records", count=more)
 
 
 def whole_text(file: TextFile) -> Document | Skipped:

@@ -38,6 +38,7 @@ class Sizes:
 
 SIZES = Sizes()
 T = TypeVar("T", bound=Text)
+_Token = tuple[int, int, int]  # id and place in the text: from where to where
 
 
 def tokenize_texts(
@@ -147,12 +148,11 @@ class _Piece:
         ids = self.encoding if isinstance(self.encoding, Sequence) else self.encoding.ids
         return np.asarray(ids[begin:end], dtype=np.int32)
 
-    def token(self, index: int) -> tuple[int, int, int]:
-        """Id and place in the text, from where to where."""
+    def token(self, index: int) -> _Token:
         begin, end = self.encoding.token_to_chars(index)
         return self._id_list()[index], self.start + begin, self.start + end
 
-    def within(self, low: int, high: int) -> tuple[int, list[tuple[int, int, int]]]:
+    def within(self, low: int, high: int) -> tuple[int, list[_Token]]:
         """The tokens that lie between two places of the text, and the index of the first of them."""
         index = begin = self._first_from(low)
         tokens = []
@@ -190,7 +190,7 @@ class _Joiner(Generic[T]):
         self._count = 0
         self._open: _Piece | None = None  # the last one, whose end is not certain yet
         self._held: list[_Piece] = []  # those behind it that could not be joined to it
-        self._seam: list[tuple[int, int, int]] = []  # the first tokens of the open one that are its own
+        self._seam: list[_Token] = []  # the first tokens of the open one that are its own
 
     def add(self, piece: _Piece, last: bool) -> None:
         if self._open is None:
@@ -228,15 +228,17 @@ class _Joiner(Generic[T]):
         self._open, self._seam = piece, others[step : step + AGREEING // 2]
         return True
 
-    def _place(
-        self, before: _Piece, piece: _Piece, i: int, j: int, tokens: list[tuple[int, int, int]]
-    ) -> int | None:
+    def _place(self, before: _Piece, piece: _Piece, i: int, j: int, tokens: list[_Token]) -> int | None:
         """Where among the tokens that both have to go over from one to the other: near their middle."""
         middle = len(tokens) // 2
-        for step in sorted(range(AGREEING // 2, len(tokens) - AGREEING // 2 + 1), key=lambda n: abs(n - middle)):
-            if step < len(tokens) and before.begins_word(i + step) and piece.begins_word(j + step):
+        steps = sorted(range(AGREEING // 2, len(tokens) - AGREEING // 2 + 1), key=lambda n: abs(n - middle))
+        for step in steps:
+            if before.begins_word(i + step) and piece.begins_word(j + step):
                 return step
-        return None if self._encode.between_words else middle
+        if self._encode.between_words:
+            return None
+        # Not between the bytes of one character, which all stand at the same place.
+        return next((step for step in steps if tokens[step - 1][2] <= tokens[step][1]), None)
 
     def _merge(self) -> None:
         """Makes one piece of the open one and those that could not be joined to it."""
@@ -248,7 +250,7 @@ class _Joiner(Generic[T]):
         merged = _Piece(before.start, text, encoding)
         if self._seam:
             merged.first, tokens = merged.within(self._seam[0][1], self._seam[-1][2])
-            if tokens != self._seam:
+            if tokens[: len(self._seam)] != self._seam:
                 self._whole()
                 return
         self._open, self._held = merged, []

@@ -90,8 +90,8 @@ def perplexity(
     "backbone" is the frozen model with the same local context.
 
     Args:
-        documents: at least two, [n] int64 token ids, each longer than `score_from` + one segment. All are cut to the
-            shortest, so that memories hold equally much.
+        documents: at least two, [n] int32 or int64 token ids, each longer than `score_from` + one segment. All are cut
+            to the shortest, so that memories hold equally much.
         score_from: tokens of each document that fill the memory before scoring begins, rounded down to segments.
         full_context: also score the frozen model with up to so many tokens of context, the goal of any memory:
             "backbone, long context". It reads windows of this length and scores the last quarter of each, so a token
@@ -100,7 +100,7 @@ def perplexity(
         progress: told the number of tokens after each segment.
 
     Raises:
-        ValueError: fewer than two documents, one that is too short, or a `full_context` of less than four segments, or
+        ValueError: fewer than two documents, one that is too short, one that is the same as the next, or a `full_context` of less than four segments, or
             more than the backbone has positions for.
     """
     segment = model.config.segment
@@ -111,6 +111,13 @@ def perplexity(
             f"perplexity: wanted two documents or more, each longer than {(first + 1) * segment} tokens, got"
             f" {len(documents)} of {[len(tokens) for tokens in documents]} tokens"
         )
+    documents = [tokens[: segments * segment + 1].long() for tokens in documents]
+    for index in range(len(documents)):
+        if torch.equal(documents[index], documents[(index + 1) % len(documents)]):
+            raise ValueError(
+                f"perplexity: documents {index} and {(index + 1) % len(documents)} are the same text: wanted different"
+                " ones, since the memory of the next one is the control"
+            )
     longest = model.backbone.max_segment
     if full_context is not None and (full_context < 4 * segment or (longest is not None and full_context > longest)):
         limit = "" if longest is None else f" and at most {longest}, the backbone's positions"
