@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from longmem.data.documents import Document, Skipped, TextFile
@@ -150,6 +150,21 @@ def test_where_pieces_never_agree_the_text_is_taken_whole() -> None:
     tokenizer.__class__ = Counted
     assert in_pieces(text, tokenizer, Sizes(260, 64, 1)) == at_once(text, tokenizer)
     assert sum(calls) < 8 * len(text), "tokenised anew with every piece"
+
+
+@pytest.mark.parametrize("digits", [4000, 4001, 4002])
+def test_pieces_that_agreed_and_turn_out_wrong_are_given_up(digits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digits in threes, counted from a number's end: pieces a multiple of three apart agree before the end is known."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "7": 1, "77": 2, "777": 3}, "<unk>"))
+    threes = pre_tokenizers.Split(Regex(r"\d{1,3}(?=(\d{3})*(?!\d))"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), threes])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    taken: list[bool] = []
+    whole = _Joiner._whole
+    monkeypatch.setattr(_Joiner, "_whole", lambda self: taken.append(True) or whole(self))
+    text = f"{prose(200)} {'7' * digits} {prose(200)}"
+    assert in_pieces(text, fast, Sizes(1056, 96, 1)) == at_once(text, fast)
+    assert bool(taken) == bool((digits + len(prose(200)) + 1 - 1056) % 3)
 
 
 def test_no_more_is_tokenised_than_is_kept(tokenizer: PreTrainedTokenizerFast) -> None:
