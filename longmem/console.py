@@ -106,8 +106,8 @@ def _size(entry: Path | Skipped) -> int:
 def split_documents(
     data: list[str], tokenizer: Any, held_out: int, *, min_tokens: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Documents to train on and to measure on: the splits of named corpora or, where there are files among them, all but
-    the last `held_out` documents.
+    """Documents to train on and to measure on: the splits of named corpora or, where there are files among them, all
+    but the last `held_out` documents.
 
     Raises:
         ValueError: there are too few documents.

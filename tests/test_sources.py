@@ -52,7 +52,9 @@ def test_a_bad_record_is_left_out_and_named(name: str, tmp_path: Path) -> None:
     assert left_out.name == f"{path}:2" and reason in left_out.reason and len(left_out.reason) < 300
 
 
-@pytest.mark.parametrize("record", [b'\xef\xbb\xbf{"text": "x"}', b'{"a": NaN, "b": 1e999, "text": "x", "a": 2}', b'{"text": "x"}\r'])
+@pytest.mark.parametrize(
+    "record", [b'\xef\xbb\xbf{"text": "x"}', b'{"a": NaN, "b": 1e999, "text": "x", "a": 2}', b'{"text": "x"}\r']
+)
 def test_an_odd_record_is_used(record: bytes, tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_bytes(record)
     assert [item.text for item in read_documents(tmp_path)[0]] == ["x"]
@@ -168,7 +170,9 @@ def test_parquet_strings_that_are_not_utf8_are_left_out_alone(tmp_path: Path) ->
     assert texts == ["one"] and skipped.name.endswith("a.parquet:2") and "byte 0xe9 at offset 0" in skipped.reason
 
 
-@pytest.mark.parametrize("options", [{}, {"compression": "none", "write_page_checksum": True}], ids=["snappy", "checksum"])
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "none", "write_page_checksum": True}], ids=["snappy", "checksum"]
+)
 def test_the_row_groups_beside_a_damaged_one_are_used(options: dict[str, Any], tmp_path: Path) -> None:
     column = [f"text {i} {os.urandom(8).hex()}" for i in range(900)]
     data = parquet_bytes(column, row_group_size=300, use_dictionary=False, **options)
@@ -258,7 +262,9 @@ def test_a_file_under_several_names_is_read_once(tmp_path: Path, monkeypatch: py
     assert read_documents(folder)[0][0].name == str(folder / "a.txt"), "the first name"
 
 
-@pytest.mark.parametrize("name", ["", "nowhere", "nowhere/*.txt", "broken.txt", "~nobody-of-that-name/a.txt", "pipe.txt"])
+@pytest.mark.parametrize(
+    "name", ["", "nowhere", "nowhere/*.txt", "broken.txt", "~nobody-of-that-name/a.txt", "pipe.txt"]
+)
 def test_a_path_that_leads_nowhere_is_a_mistake(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "good.txt").write_text("text")
     (tmp_path / "broken.txt").symlink_to("nowhere.txt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -86,6 +87,7 @@ def test_every_token_once_per_epoch_in_order(drawn: dict[str, Any]) -> None:
         assert stream.tokens_per_epoch == sum(int(batch.mask.sum()) for batch in batches)
 
 
+@pytest.mark.filterwarnings("ignore:SegmentStream")
 @given(streams, st.booleans(), st.integers(0, 20))
 def test_resume_equals_uninterrupted(drawn: dict[str, Any], repeat: bool, cut: int) -> None:
     documents = make_documents(drawn.pop("lengths"))
@@ -106,6 +108,7 @@ def test_resume_equals_uninterrupted(drawn: dict[str, Any], repeat: bool, cut: i
     assert all(same(one, other) for one, other in zip(whole[cut:], rest, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:SegmentStream")
 @given(streams)
 def test_repeat_never_leaves_a_row_empty_and_is_fair(drawn: dict[str, Any]) -> None:
     documents = make_documents(drawn.pop("lengths"))
@@ -165,6 +168,26 @@ def test_a_state_of_another_stream_is_refused() -> None:
     other = SegmentStream(make_documents([5, 4]), rows=1, segment=2)
     with pytest.raises(ValueError, match="checksum"):
         other.load_state_dict(state)
+
+
+def test_compact_documents_give_the_same_batches_and_states() -> None:
+    wide = make_documents([7, 5, 9])
+    one, other = (
+        SegmentStream(documents, rows=2, segment=3, seed=0)
+        for documents in (wide, [ids.to(torch.int32) for ids in wide])
+    )
+    assert all(same(a, b) and b.tokens.dtype == torch.int64 for a, b in zip(one, other, strict=True))
+    assert one.state_dict() == other.state_dict()
+
+
+def test_rows_without_a_document_of_their_own_are_not_taken_silently() -> None:
+    with pytest.warns(RuntimeWarning, match=r"4 rows over 1 document: .* rows=1 learns the same"):
+        stream = SegmentStream(make_documents([9]), rows=4, segment=3, repeat=True)
+    assert stream.useful_rows == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert SegmentStream(make_documents([9, 9]), rows=2, segment=3, repeat=True).useful_rows == 2
+        SegmentStream(make_documents([9]), rows=4, segment=3)  # without repeat the others are empty
 
 
 def test_batch_moves_as_one() -> None:

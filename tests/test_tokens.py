@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,16 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 def nasty(draw: random.Random) -> str:
     """Prose between long runs, words without end, digits, special tokens, and characters outside the vocabulary."""
-    parts = []
-    for _ in range(draw.randint(1, 25)):
-        length = draw.randint(1, 300)
-        parts.append(
-            draw.choice(
-                [
-                    lambda: prose(length // 3 + 1, draw.randint(0, 99)),
-                    lambda: prose(length // 3 + 1, draw.randint(0, 99)),
-                    lambda: draw.choice("a 1\n\t字👍é.") * length,
-                    lambda: "".join(draw.choices("ab", k=length)),
-                    lambda: "".join(draw.choices(SYLLABLES, k=length // 3 + 1)),
-                    lambda: draw.choice([SPECIAL, f" {SPECIAL}", "\r\n", "  \n  ", "0123456789" * 9]),
-                    lambda: "".join(draw.choices("日本語中文字\u0301\u200dé🙂~", k=length)),
-                ]
-            )()
-        )
+    kinds: list[Callable[[int], str]] = [
+        lambda length: prose(length // 3 + 1, draw.randint(0, 99)),
+        lambda length: prose(length // 3 + 1, draw.randint(0, 99)),
+        lambda length: draw.choice("a 1\n\t字👍é.") * length,
+        lambda length: "".join(draw.choices("ab", k=length)),
+        lambda length: "".join(draw.choices(SYLLABLES, k=length // 3 + 1)),
+        lambda _: draw.choice([SPECIAL, f" {SPECIAL}", "\r\n", "  \n  ", "0123456789" * 9]),
+        lambda length: "".join(draw.choices("日本語中文字\u0301\u200dé🙂~", k=length)),
+    ]
+    parts = [draw.choice(kinds)(draw.randint(1, 300)) for _ in range(draw.randint(1, 25))]
     return draw.choice(["", " ", "\n"]).join(parts)
 
 

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from longmem import LongMem
 from longmem.backbones import States
 from longmem.data.stream import Batch, SegmentStream
 from longmem.evaluate.perplexity import perplexity
-from longmem.states import StateCache, encode_now
+from longmem.states import encode_now
 from longmem.training.config import TrainConfig
 from longmem.training.step import usage_penalty
 from longmem.training.trainer import EMPTY_STEPS, Trainer
@@ -328,31 +328,6 @@ def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytes
         Trainer(model, stream(topical(2)), encode_now(model), CONFIG, tmp_path, tensorboard=True)
 
 
-@pytest.mark.parametrize("sidenet", ["none", "exact"])
-def test_cached_states_are_the_states(sidenet: str, tmp_path: Path) -> None:
-    model = fresh_model(sidenet=sidenet, reduction=1)
-    documents = [torch.randint(0, VOCABULARY, (length,)) for length in (50, 12, 31)]
-    live, cache = encode_now(model), StateCache(model, documents, tmp_path, rows=2, precision="float32")
-    seen: list[int] = []
-    cache.fill(seen.append)
-    assert sum(seen) == 50 + 12 + 31
-    for batch in SegmentStream(documents, rows=2, segment=SEGMENT):
-        now, kept = live(batch), cache(batch)
-        mask = batch.mask[:, None, :, None]
-        torch.testing.assert_close(kept.key * mask, now.key * mask, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(kept.value * mask, now.value * mask, atol=1e-5, rtol=1e-4)
-        for depth, hidden in now.hidden.items():
-            expected = hidden * batch.mask[..., None]
-            torch.testing.assert_close(kept.hidden[depth] * batch.mask[..., None], expected, atol=1e-5, rtol=1e-4)
-
-
-def test_cached_states_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, documents = fresh_model(), topical(2)
-    StateCache(model, documents, tmp_path, precision="float32").fill()
-    monkeypatch.setattr(model.backbone, "encode", lambda *_: pytest.fail("encoded again"))
-    StateCache(model, documents, tmp_path, precision="float32").fill()
-
-
 def test_perplexity_tells_the_right_memory_from_a_wrong_one(tmp_path: Path) -> None:
     """On documents with words of their own, a trained memory of the document must beat an empty and a foreign one."""
     model = fresh_model()
@@ -395,6 +370,22 @@ def test_perplexity_refuses_a_long_context_that_is_none() -> None:
         perplexity(model, encode_now(model), topical(2), full_context=SEGMENT)
 
 
+def test_perplexity_refuses_a_document_as_its_own_control() -> None:
+    model, documents = fresh_model(), topical(2)
+    longer = torch.cat([documents[0], documents[1]])  # the same over what is scored
+    with pytest.raises(ValueError, match="documents 0 and 1 are the same text"):
+        perplexity(model, encode_now(model), [documents[0], longer, documents[1]], score_from=60)
+
+
+def test_perplexity_takes_compact_documents() -> None:
+    model, documents = fresh_model(), topical(2, length=60)
+    reports = [
+        perplexity(model, encode_now(model), [ids.to(dtype) for ids in documents], full_context=24, precision="float32")
+        for dtype in (torch.int64, torch.int32)
+    ]
+    assert all(torch.equal(reports[0].nll[name], reports[1].nll[name]) for name in reports[0].nll)
+
+
 def test_perplexity_needs_two_documents_that_are_long_enough() -> None:
     model = fresh_model()
     with pytest.raises(ValueError, match=r"two documents or more, each longer than 66 tokens, got 1 of \[240\]"):
@@ -419,3 +410,18 @@ def test_perplexity_needs_two_documents_that_are_long_enough() -> None:
 def test_bad_training_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**options)
+
+
+WRONG: tuple[Any, ...] = (None, -1, 2**120, -0.5, math.nan, math.inf, -math.inf, "", "1", b"x", [], {}, torch.tensor(1))
+RIGHT: dict[type, tuple[Any, ...]] = {int: (1, 2, 1000), float: (0.25, 0.5), bool: (True, False), str: ()}
+
+
+@pytest.mark.parametrize("field", fields(TrainConfig), ids=lambda field: field.name)
+def test_every_training_option_refuses_every_kind_of_nonsense(field: Field[Any]) -> None:
+    """Generated, so that a new option is covered. An option that takes one of these values must be listed here."""
+    others = {int: (True, 1.5), float: (True,), bool: (0, 1, "True"), str: (0, True, "nonsense")}
+    for value in (*WRONG, *others[type(field.default)]):
+        with pytest.raises((TypeError, ValueError), match=rf"^TrainConfig: {field.name} must "):
+            TrainConfig(**{field.name: value})
+    for value in (field.default, *RIGHT[type(field.default)]):
+        assert getattr(TrainConfig(**{field.name: value}), field.name) == value

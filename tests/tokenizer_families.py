@@ -63,7 +63,9 @@ def word_piece() -> Tokenizer:
 
 def counting() -> Tokenizer:
     """Cuts words of 7 characters, counted from the text's beginning: pieces of it never agree but by luck."""
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **{f"{letter}": i for i, letter in enumerate("abc", 1)}}, "<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({"<unk>": 0, **{f"{letter}": i for i, letter in enumerate("abc", 1)}}, "<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.FixedLength(length=7)
     return tokenizer
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 COMPRESSIONS = (".gz", ".zst")
@@ -100,7 +100,7 @@ class _Counted(io.FileIO):
 
     told: Callable[[int], object] | None = None
 
-    def readinto(self, buffer: bytearray) -> int | None:  # type: ignore[override]
+    def readinto(self, buffer: Any, /) -> int | None:
         count = super().readinto(buffer)
         if count and self.told is not None:
             self.told(count)
@@ -116,17 +116,20 @@ def open_bytes(path: Path, told: Callable[[int], object] | None = None) -> Binar
     """
     raw = _Counted(path)
     raw.told = told
+    file: Any = io.BufferedReader(cast(io.RawIOBase, raw), BLOCK)
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.GzipFile(fileobj=io.BufferedReader(raw, BLOCK), mode="rb")  # type: ignore[return-value]
-    if suffix == ".zst":
+        unpacked = gzip.GzipFile(fileobj=file, mode="rb")
+        unpacked.myfileobj = file  # which is closed with it
+        file = unpacked
+    elif suffix == ".zst":
         try:
             import pyarrow
         except ImportError as error:
             raw.close()
             raise ImportError(f"read_documents: reading {path} needs pyarrow (pip install pyarrow)") from error
-        return io.BufferedReader(pyarrow.CompressedInputStream(io.BufferedReader(raw, BLOCK), "zstd"), BLOCK)
-    return io.BufferedReader(raw, BLOCK)
+        file = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), BLOCK)
+    return cast(BinaryIO, file)
 
 
 def _decoded(blocks: Iterator[bytes]) -> Iterator[str]:

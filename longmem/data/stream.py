@@ -47,8 +47,8 @@ def tokenize_documents(
 ) -> tuple[list[Tensor], list[Skipped]]:
     """Token ids [n] int32 of each document, in order, by a Hugging Face tokenizer.
 
-    Documents may come one after another from a generator (`iter_documents`): each is tokenised and let go, large ones in
-    pieces, to the same ids (`longmem.data.tokens`).
+    Documents may come one after another from a generator (`iter_documents`): each is tokenised and let go, large ones
+    in pieces, to the same ids (`longmem.data.tokens`).
 
     Args:
         opening: special tokens that every document begins with, once.

@@ -100,8 +100,8 @@ def perplexity(
         progress: told the number of tokens after each segment.
 
     Raises:
-        ValueError: fewer than two documents, one that is too short, one that is the same as the next, or a `full_context` of less than four segments, or
-            more than the backbone has positions for.
+        ValueError: fewer than two documents, one that is too short, one that is the same as the next, or a
+            `full_context` of less than four segments, or more than the backbone has positions for.
     """
     segment = model.config.segment
     first = score_from // segment

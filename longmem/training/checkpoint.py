@@ -173,7 +173,7 @@ class Checkpoints:
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Where two identities differ: what was saved, and what is wanted."""
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(saved.keys() | wanted.keys()):
         old, new = saved.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):

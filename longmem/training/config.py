@@ -15,7 +15,8 @@ RESETS = ("document", "never")
 HARMLESS = frozenset({"save_every", "checkpoint_activations", "compile"})
 # How the steps that are left to make are made:
 CHANGEABLE = HARMLESS | {
-    "steps", "learning_rate", "head_rate", "warmup", "clip", "weight_decay", "usage_weight", "usage_target", "precision",
+    "steps", "learning_rate", "head_rate", "warmup", "clip", "weight_decay", "usage_weight", "usage_target",
+    "precision",
 }  # fmt: skip
 
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
@@ -94,7 +95,9 @@ class TrainConfig:
         for field in fields(self):
             kind, value = type(field.default), getattr(self, field.name)
             # An int is as good as a float, and a bool is no number.
-            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int) if kind is float else kind):
+            if isinstance(value, bool) != (kind is bool) or not isinstance(
+                value, (kind, int) if kind is float else kind
+            ):
                 raise TypeError(f"TrainConfig: {field.name} must be {_KINDS[kind]}, got {value!r}")
         for name, (fits, wanted) in _RANGES.items():
             value = getattr(self, name)

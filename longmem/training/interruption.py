@@ -14,8 +14,8 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 class Interruption:
     """While a `with` block runs, the first signal that asks the process to end is noted instead of obeyed.
 
-    A second Ctrl-C is obeyed at once. Signals that are ignored stay ignored, and outside of the main thread, which alone
-    may handle signals, nothing is changed.
+    A second Ctrl-C is obeyed at once. Signals that are ignored stay ignored, and outside of the main thread, which
+    alone may handle signals, nothing is changed.
 
     Attributes:
         number: of the signal that came; 0: none.

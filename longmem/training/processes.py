@@ -58,7 +58,7 @@ class Processes:
         return box.item()
 
     def agree(self, problem: OSError | None) -> None:
-        """Raises `problem`, in all processes where one of them has it: those that went on would wait for it for ever."""
+        """Raises in all processes where one of them has a problem: the others would wait for it for ever."""
         (failed,) = self.sum([problem is not None])
         if problem is not None:
             raise problem
