@@ -76,23 +76,6 @@ def test_rows_without_a_document_have_no_states_and_open_nothing(tmp_path: Path)
     assert states.key[1].any() and not states.key[[0, 2]].any()
 
 
-def test_only_the_segments_at_hand_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, documents = fresh_model(), random_documents(60_000)
-    cache = StateCache(model, documents, tmp_path, precision="float32", rows=1000)
-    cache.fill()
-    before = _private_bytes()
-    for _, batch in zip(range(300), SegmentStream(documents, rows=1, segment=SEGMENT), strict=False):
-        cache(batch)
-    size = cache.path(0).stat().st_size
-    assert size > 30e6 and _private_bytes() - before < size / 4
-
-
-def _private_bytes() -> int:
-    """Memory of this process that no file stands behind."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_states_are_found_whatever_keeps_the_tokens(dtype: torch.dtype, tmp_path: Path) -> None:
     model, documents = fresh_model(), random_documents(20)

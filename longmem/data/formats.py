@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longmem.data.sources import (
+    COMPRESSIONS,
     READ_ERRORS,
     Document,
     Skipped,
@@ -30,8 +31,8 @@ def read_file(
 ) -> Iterator[Document | TextFile | Skipped]:
     """The documents of a file, one after another as they are read, and what is left out of it.
 
-    A .txt file from 8 MiB on is given out as `TextFile`, whose text is read when it is asked for. `told` hears how many
-    bytes of the file were read.
+    A .txt file from 8 MiB on, or compressed, is given out as `TextFile`, whose text is read when it is asked for. `told`
+    hears how many bytes of the file were read.
     """
     try:
         kind = kind_of(path)
@@ -41,7 +42,8 @@ def read_file(
             yield from _bounded(path, _read_parquet(path, text_field, told))
         else:
             text = TextFile(str(path), path, told)
-            yield text if path.stat().st_size >= LARGE else whole_text(text)
+            lazy = path.suffix.lower() in COMPRESSIONS or path.stat().st_size >= LARGE  # unpacked it may be large
+            yield text if lazy else whole_text(text)
     except READ_ERRORS as error:
         yield Skipped(str(path), reason_of(error))
 

@@ -70,7 +70,7 @@ def tokenize_documents(
         if isinstance(ids, Unreadable):
             skipped.append(Skipped(item.name, str(ids)))
             continue
-        if ids[: len(opening)].tolist() != list(opening):
+        if len(ids) and ids[: len(opening)].tolist() != list(opening):
             ids = torch.cat([torch.tensor(opening, dtype=ids.dtype), ids])
         if len(ids) < shortest:
             skipped.append(Skipped(item.name, f"{len(ids)} tokens, wanted at least {shortest}"))
