@@ -31,8 +31,8 @@ def read_file(
 ) -> Iterator[Document | TextFile | Skipped]:
     """The documents of a file, one after another as they are read, and what is left out of it.
 
-    A .txt file from 8 MiB on, or compressed, is given out as `TextFile`, whose text is read when it is asked for. `told`
-    hears how many bytes of the file were read.
+    A .txt file from 8 MiB on, or compressed, is given out as `TextFile`, whose text is read when it is asked for.
+    `told` hears how many bytes of the file were read.
     """
     try:
         kind = kind_of(path)
