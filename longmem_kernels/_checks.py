@@ -7,6 +7,7 @@ from torch import Tensor
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPUTE_DTYPES = (*STORAGE_DTYPES, torch.float64)
+FEW = 64
 QUANTISED_DTYPE = torch.float8_e4m3fn  # of memory whose chunks carry a scale
 
 _debug = False
@@ -99,7 +100,11 @@ def check_range(op: str, name: str, tensor: Tensor, low: int, high: int) -> None
     """Values of an integer tensor must lie in [low, high). Read only where `values_readable`."""
     if not values_readable(tensor) or tensor.numel() == 0:
         return
-    smallest, largest = (int(bound) for bound in torch.aminmax(tensor))
+    if tensor.numel() <= FEW:  # reading them is quicker than launching an operation
+        values = tensor.flatten().tolist()
+        smallest, largest = min(values), max(values)
+    else:
+        smallest, largest = (int(bound) for bound in torch.aminmax(tensor))
     if smallest < low or largest >= high:
         raise ValueError(f"{op}: {name} must lie in [{low}, {high}), got values from {smallest} to {largest}")
 
