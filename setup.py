@@ -21,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+WARNINGS = ["-Wall", "-Wno-unknown-pragmas"]
 SANITIZE = os.environ.get("LONGMEM_SANITIZE", "")
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1"] if SANITIZE else []
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "longmem_kernels/_version.py").read_text())[1]
@@ -166,8 +167,7 @@ def extensions(build: str) -> list[Extension]:
             sources=sources,
             include_dirs=[str(ROOT / "csrc"), str(include), pybind11.get_include()],
             define_macros=macros,
-            extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-            + SANITIZE_FLAGS,
+            extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", *WARNINGS, *SANITIZE_FLAGS],
             extra_link_args=["-Wl,--no-as-needed", *SANITIZE_FLAGS, *(f"-L{folder}" for folder in library_dirs)]
             + [f"-l{library}" for library in libraries],
             language="c++",

@@ -47,8 +47,8 @@ def ring_write(
         impl: "auto", "cuda", "cpp" or "reference".
 
     Values are checked on CPU, and on CUDA with `debug_checks(True)`. Without, nothing outside of the ring is read or
-    written either: a row whose ring does not exist is dropped, a cursor is taken modulo 2^48, and the content of its ring
-    means nothing. Compiled CPU code raises RuntimeError for both.
+    written either: a row whose ring does not exist is dropped; a cursor is taken modulo 2^48, and the content of its
+    ring means nothing. Compiled CPU code raises RuntimeError for both.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what was wanted and what came.
