@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backbones import States
 from .data.stream import Batch
-from .files import load_tensors, save_tensors
+from .files import check_tensors, load_tensors, save_tensors
 from .model import LongMem
 from .precision import autocast, resolve_precision
 
@@ -94,8 +94,19 @@ class StateCache:
             path = self.path(index)
             if not path.exists():
                 _encode([self], index, None)
-            self._open[index], _ = load_tensors(path, _KIND)
+            states, _ = load_tensors(path, _KIND)
+            check_tensors(f"{_KIND}: {path}", states, self._like(index), any_float=self.dtype is None)
+            self._open[index] = states
         return self._open[index]
+
+    def _like(self, index: int) -> dict[str, Tensor]:
+        """Without content, the tensors that a document's file must hold."""
+        config, tokens = self.model.config, len(self.documents[index])
+        layer = self.model.backbone.layer(config.memory_layers[0])
+        dtype, heads = self.dtype or self.model.backbone.dtype, len(config.memory_layers) * layer.kv_heads
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("key", "value"), (heads, layer.head_dim))
+        shapes |= {f"hidden_{depth}": (self.model.backbone.hidden_size,) for depth in self.model.sidenet.depths}
+        return {name: torch.empty(tokens, *shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
 
     def path(self, index: int) -> Path:
         """Where the states of a document are, or will be."""

@@ -20,11 +20,15 @@ class Arguments {
   using Tensor = torch::stable::Tensor;
   using ScalarType = torch::headeronly::ScalarType;
 
-  Arguments(const char* op, const Tensor& first)
-      : op_(op), cuda_(first.is_cuda()), device_(index_of(first)) {}
+  Arguments(const char* op, const Tensor& first) : op_(op) {
+    STD_TORCH_CHECK(first.defined(), op, ": the first argument must be a tensor");
+    cuda_ = first.is_cuda();
+    device_ = index_of(first);
+  }
 
-  // The rank, before sizes are read.
+  // The rank, before sizes are read. From Python, None comes as a tensor that is none.
   void rank(const char* name, const Tensor& tensor, int64_t wanted) const {
+    STD_TORCH_CHECK(tensor.defined(), op_, ": ", name, " must be a tensor");
     STD_TORCH_CHECK(tensor.dim() == wanted, op_, ": ", name, " must have ", wanted, " axes, got ",
                     tensor.dim());
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
-from longmem.files import load_tensors, save_tensors
+from longmem.files import Whole, check_fields, check_tensors, load_json, load_tensors, save_tensors, save_text, short
 
 from .processes import Processes
 
 _KIND = "longmem checkpoint"
+_HEADER = {"step": Whole(), "identity": dict}
 _FOLDERS = "checkpoint-????????"
 
 
@@ -62,10 +65,10 @@ class Checkpoints:
         unfinished = target.with_name(target.name + ".part")
         if self.processes.first:
             unfinished.mkdir()
-            (unfinished / "about.json").write_text(json.dumps({"step": step, "identity": self.identity}))
+            save_text(unfinished / "about.json", json.dumps({"step": step, "identity": self.identity}))
         self.processes.barrier()
         dcp.save(self._named(content), checkpoint_id=unfinished)
-        (unfinished / f"process-{self.processes.rank}.json").write_text(json.dumps(content.about))
+        save_text(unfinished / f"process-{self.processes.rank}.json", json.dumps(content.about))
         self.processes.barrier()
         if self.processes.first:
             before = self._folders()
@@ -78,8 +81,8 @@ class Checkpoints:
         """Fills the tensors of `content` in place. Returns `about` and the `step`; None where there is no checkpoint.
 
         Raises:
-            ValueError: it is no checkpoint, or that of a run with another `identity` or as another number of processes;
-                names what differs.
+            ValueError: it is no checkpoint, is damaged, or is that of a run with another `identity` or as another
+                number of processes; names the file and what differs.
         """
         newest = self.processes.broadcast(str(max(self._folders(), default="")))
         if self.file.exists() if self.processes.distributed else newest:
@@ -93,19 +96,41 @@ class Checkpoints:
         return self._load_folder(Path(newest), content) if newest else None
 
     def _load_file(self, content: Content) -> dict[str, Any]:
-        tensors, about = load_tensors(self.file, _KIND)
+        tensors, about = load_tensors(self.file, _KIND, header=_HEADER | _types_of(content.about))
         self._check(self.file, about)
+        wanted = content.common | content.own
+        check_tensors(f"{_KIND}: {self.file}", tensors, wanted, others=True)
         with torch.no_grad():
-            for name, tensor in (content.common | content.own).items():
+            for name, tensor in wanted.items():
                 tensor.copy_(tensors[name])
         return about
 
     def _load_folder(self, folder: Path, content: Content) -> dict[str, Any]:
-        common = json.loads((folder / "about.json").read_text())
-        self._check(folder, common)
-        dcp.load(self._named(content), checkpoint_id=folder)
-        own = json.loads((folder / f"process-{self.processes.rank}.json").read_text())
+        """Processes fail together: what stops one would leave the others waiting for it."""
+        common: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+
+        def read_json() -> None:
+            about, mine = folder / "about.json", folder / f"process-{self.processes.rank}.json"
+            common.update(check_fields(f"{_KIND}: {about}", load_json(about, _KIND), _HEADER))
+            own.update(check_fields(f"{_KIND}: {mine}", load_json(mine, _KIND), _types_of(content.about)))
+            self._check(folder, common)
+
+        self._together(folder, read_json)
+        self._together(folder, lambda: _read_tensors(folder, self._named(content)))
         return {"step": common["step"], **own}
+
+    def _together(self, folder: Path, read: Callable[[], None]) -> None:
+        problem = None
+        try:
+            read()
+        except ValueError as error:
+            problem = error
+        (failed,) = self.processes.sum([problem is not None])
+        if problem is not None:
+            raise problem
+        if failed:
+            raise ValueError(f"{_KIND}: {folder} could not be read by {failed:.0f} other processes")
 
     def _named(self, content: Content) -> dict[str, Any]:
         own = {f"process-{self.processes.rank}.{name}": tensor for name, tensor in content.own.items()}
@@ -121,6 +146,18 @@ class Checkpoints:
                 f" ({'; '.join(_differences(about['identity'], self.identity))}); choose another folder, or remove"
                 " this one's checkpoint to start anew"
             )
+
+
+def _types_of(about: dict[str, Any]) -> dict[str, Any]:
+    return {name: type(value) for name, value in about.items()}
+
+
+def _read_tensors(folder: Path, state: dict[str, Any]) -> None:
+    """Raises ValueError where torch.distributed.checkpoint, whose errors are of many types, fails."""
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        raise ValueError(f"{_KIND}: {folder} is damaged or no whole checkpoint ({short(error)})") from None
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
