@@ -143,13 +143,14 @@ def check_fields(
         ValueError: names every field that is missing, unknown or of another type.
     """
     if type(values) is not dict:
-        raise ValueError(f"{what} must be an object with {', '.join(wanted)}, got {_show(values)}")
+        named = f" with {', '.join(wanted)}" if wanted else ""
+        raise ValueError(f"{what} must be an object{named}, got {show(values)}")
     wrong = [f"{name} is missing" for name in wanted if name not in values and name not in optional]
     for name, value in values.items():
         if name in wanted and not _fits(value, wanted[name]):
-            wrong.append(f"{name} must be {_type_name(wanted[name])}, got {_show(value)}")
+            wrong.append(f"{name} must be {_type_name(wanted[name])}, got {show(value)}")
         elif name not in wanted and not others:
-            wrong.append(f"{_show(name)} is unknown")
+            wrong.append(f"{show(name)} is unknown")
     if wrong:
         raise ValueError(f"{what} does not fit: {'; '.join(wrong)}")
     return values
@@ -173,7 +174,7 @@ def check_tensors(
     Raises:
         ValueError: names the tensors that are missing, superfluous, or of another shape or dtype.
     """
-    wrong = [f"there should be no {_show(name)}" for name in found if name not in wanted and not others]
+    wrong = [f"there should be no {show(name)}" for name in found if name not in wanted and not others]
     for name, like in wanted.items():
         tensor = found.get(name)
         if not isinstance(tensor, Tensor):
@@ -226,15 +227,15 @@ def _type_name(wanted: Any) -> str:
     return named.get(origin or wanted, str(wanted))
 
 
-def _show(value: Any) -> str:
-    """A value in one line; integers of thousands of digits have no text."""
-    if isinstance(value, int) and abs(value) >= 2**64:
+def show(value: Any) -> str:
+    """A value that may be anything, in one line."""
+    if isinstance(value, int) and abs(value) >= 2**64:  # thousands of digits have no text
         return "an integer beyond 64 bits"
     text = " ".join(repr(value).split()) if not isinstance(value, (dict, list)) else f"{type(value).__name__}"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
-def short(error: BaseException) -> str:
+def short(error: BaseException, characters: int = _SHOWN) -> str:
     """Another package's message, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return text if len(text) <= characters else text[: characters - 3] + "..."

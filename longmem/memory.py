@@ -12,7 +12,7 @@ from torch import Tensor
 from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
 from longmem_kernels.ring import MAX_CURSOR
 
-from .files import Whole, check_tensors, load_tensors, naming, save_tensors
+from .files import Whole, check_tensors, load_tensors, naming, save_tensors, show
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -288,16 +288,16 @@ class MemoryBank:
         if about["fingerprint"] != fingerprint:
             raise ValueError(
                 f"MemoryBank.load: {path} was written by another model: its backbone and layer are"
-                f" {about['fingerprint'] or 'unnamed'}, wanted {fingerprint}"
+                f" {show(about['fingerprint'])}, wanted {show(fingerprint)}"
             )
 
 
 def check_values(state: dict[str, Tensor]) -> None:
-    """Numbers that kernels count with."""
+    """Numbers that kernels count with. A cursor has room left for what will be written."""
     for name in ("cursor", "written"):
-        if name in state and not bool(((state[name] >= 0) & (state[name] < MAX_CURSOR)).all()):
+        if name in state and not bool(((state[name] >= 0) & (state[name] < MAX_CURSOR // 2)).all()):
             smallest, largest = (int(bound) for bound in torch.aminmax(state[name]))
-            raise ValueError(f"MemoryBank: {name} must lie in [0, 2^48), got values from {smallest} to {largest}")
+            raise ValueError(f"MemoryBank: {name} must lie in [0, 2^47), got values from {smallest} to {largest}")
     scale = state.get("scale")
     wrong = 0 if scale is None else int((~((scale >= 0) & (scale < torch.inf))).sum())
     if wrong:

@@ -16,7 +16,7 @@ from .backbones.base import Backbone, States
 from .backbones.load import load_backbone
 from .config import LongMemConfig
 from .data.stream import IGNORE
-from .files import check_tensors, load_tensors, naming, save_tensors, save_text
+from .files import check_tensors, load_tensors, naming, save_tensors, save_text, short, show
 from .generation import Sampler, Stop, decode
 from .memory import MemoryBank
 from .sharded import ShardedMemoryBank
@@ -256,15 +256,15 @@ class LongMem(nn.Module):
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"LongMem.from_pretrained: {folder} needs the backbone {about['backbone']!r}, which cannot be"
-                    f" loaded by that name; pass it as `backbone` ({error})"
+                    f" loaded by that name; pass it as `backbone` ({short(error, 200)})"
                 ) from error
         with naming(f"{_KIND}: {file}"):
             config = LongMemConfig.from_dict(about["config"])
         model = cls(backbone, replace(config, **changes))
         if about["fingerprint"] != model.fingerprint:
             raise ValueError(
-                f"LongMem.from_pretrained: {folder} was trained on backbone {about['backbone']!r}"
-                f" ({about['fingerprint']}), got {backbone.name!r} ({model.fingerprint})"
+                f"LongMem.from_pretrained: {folder} was trained on backbone {show(about['backbone'])}"
+                f" ({show(about['fingerprint'])}), got {backbone.name!r} ({model.fingerprint})"
             )
         check_tensors(f"{_KIND}: {file}", weights, model.trainable(), any_float=True)
         model.sidenet.load_state_dict(weights, strict=False)

@@ -1,5 +1,5 @@
-"""Calls of the kernels that nobody should make: values that make no sense, and torch ops called by hand with tensors that
-do not fit. Every call is made from a seed; see test_fuzz.py.
+"""Calls of the kernels that nobody should make: values that make no sense, and torch ops called by hand with tensors
+that do not fit. Every call is made from a seed; see test_fuzz.py.
 
 Tensors that are written to lie between guards, so that a write outside shows without a sanitizer too.
 """
@@ -107,12 +107,13 @@ class Hostile:
         window = self.maybe(lambda: self.random.choice((1, 3, *NUMBERS)), 0.3)
         gate = self.maybe(lambda: torch.randn(self.H, generator=self.torch))
         return [
-            query, key, value, memory_query, ring.key, ring.value, ids, ring.scale, self.ring_index(), gate, slopes, mask,
-            seed, "joint" if gate is None else "gated", self.D**-0.5, causal, window, 0.0 if seed is None else 0.3,
+            query, key, value, memory_query, ring.key, ring.value, ids, ring.scale, self.ring_index(), gate, slopes,
+            mask, seed, "joint" if gate is None else "gated", self.D**-0.5, causal, window, 0.0 if seed is None else 0.3,
         ]  # fmt: skip
 
     def another(self, argument: Any, meta: bool) -> Any:
-        """Something else in its place: another shape, dtype, layout or number, or nothing; or without content, `meta`."""
+        """Something else in its place: another shape, dtype, layout or number, or nothing; with `meta` perhaps a tensor
+        without content."""
         if not isinstance(argument, Tensor):
             return self.random.choice((None, "gated", "joint", True, 0, -1, 65, 2**40, -(2**63), 0.5))
         axis = self.random.randrange(max(argument.dim(), 1))
@@ -123,7 +124,9 @@ class Hostile:
             lambda x: x.select(axis, 0),
             lambda x: x.transpose(axis, -1),
             lambda x: x.to(self.random.choice((torch.float64, torch.float16, torch.int64, torch.uint8))),
-            lambda x: x.narrow(axis, 0, 1).expand(*x.shape[:axis], self.random.choice((7, 2**20)), *x.shape[axis + 1 :]),
+            lambda x: x.narrow(axis, 0, 1).expand(
+                *x.shape[:axis], self.random.choice((7, 2**20)), *x.shape[axis + 1 :]
+            ),
             lambda x: x.repeat_interleave(2, -1)[..., ::2] if x.dtype != torch.float8_e4m3fn else x[:0],
             lambda x: x.to("meta") if meta else x,
             lambda x: torch.empty(0, dtype=x.dtype),
@@ -194,7 +197,10 @@ def call_by_hand(seed: int) -> str:
     arguments = getattr(hostile, f"{op.removesuffix('_backward')}_arguments")(ring)
     if op == "memory_attention_backward":
         out = (hostile.B, hostile.H, hostile.T, hostile.D)
-        grads = [hostile.maybe(lambda: hostile.floats(*out)), *(hostile.maybe(lambda: torch.randn(out[:3])) for _ in "12")]
+        grads = [
+            hostile.maybe(lambda: hostile.floats(*out)),
+            *(hostile.maybe(lambda: torch.randn(out[:3])) for _ in "12"),
+        ]
         arguments = [*grads, *arguments, *(torch.randn(out[: 4 - i % 2]) for i in range(4))]
     changes = hostile.random.choice((0, 1, 1, 2))
     for _ in range(changes):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longmem.data.documents import Document, Skipped, nothing_left
-from longmem.files import Whole, check_fields
+from longmem.files import Whole, check_fields, show
 
 _STATE = {"shape": dict, "epoch": Whole(), "taken": Whole(), "lane_document": [Whole(-1)], "lane_offset": [Whole()]}
 IGNORE = -100  # what torch's cross entropy leaves out
@@ -141,7 +141,7 @@ class SegmentStream:
         check_fields(what, state, _STATE)
         wanted, got = self._shape(), state["shape"]
         different = [
-            f"{key}: wanted {value}, got {got.get(key)}" for key, value in wanted.items() if value != got.get(key)
+            f"{key}: wanted {value}, got {show(got.get(key))}" for key, value in wanted.items() if value != got.get(key)
         ]
         if different:
             raise ValueError(f"SegmentStream.load_state_dict: the state is another stream's ({'; '.join(different)})")

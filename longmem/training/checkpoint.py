@@ -15,7 +15,17 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from longmem.files import Whole, check_fields, check_tensors, load_json, load_tensors, save_tensors, save_text, short
+from longmem.files import (
+    Whole,
+    check_fields,
+    check_tensors,
+    load_json,
+    load_tensors,
+    save_tensors,
+    save_text,
+    short,
+    show,
+)
 
 from .processes import Processes
 
@@ -167,5 +177,5 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = ""
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key}: saved {old}, now {new}")
+            found.append(f"{show(prefix + key)[1:-1]}: saved {show(old)}, now {show(new)}")
     return found
