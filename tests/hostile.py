@@ -108,7 +108,8 @@ class Hostile:
         gate = self.maybe(lambda: torch.randn(self.H, generator=self.torch))
         return [
             query, key, value, memory_query, ring.key, ring.value, ids, ring.scale, self.ring_index(), gate, slopes,
-            mask, seed, "joint" if gate is None else "gated", self.D**-0.5, causal, window, 0.0 if seed is None else 0.3,
+            mask, seed, "joint" if gate is None else "gated", self.D**-0.5, causal, window,
+            0.0 if seed is None else 0.3,
         ]  # fmt: skip
 
     def another(self, argument: Any, meta: bool) -> Any:
