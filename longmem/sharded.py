@@ -186,9 +186,20 @@ class ShardedMemoryBank(MemoryBank):
         self._written.copy_(state["written"])
 
     def save(self, path: str | Path) -> None:
-        """Write what this rank holds beside what the others hold, each to its own file named after `path`."""
-        super().save(_own_file(path, self.ranks))
-        dist.barrier(self.ranks.group)
+        """Write what this rank holds beside what the others hold, each to its own file named after `path`. Raises as
+        `MemoryBank.save`, and RuntimeError where another rank could not write."""
+        problem: Exception | None = None
+        try:
+            super().save(_own_file(path, self.ranks))
+        except (ValueError, OSError) as error:
+            problem = error
+        failed = self.ranks.all_gather(torch.tensor([problem is not None], device=self._written.device))
+        if problem is not None:
+            raise problem
+        if bool(failed.any()):  # said here too: who waits for a rank that has failed waits for ever
+            raise RuntimeError(
+                f"ShardedMemoryBank.save: ranks {failed.nonzero()[:, 0].tolist()} could not write {path}"
+            )
 
     def _about(self) -> dict[str, Any]:
         ranks = self.ranks

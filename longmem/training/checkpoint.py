@@ -73,6 +73,13 @@ class Checkpoints:
             return
         target = self.folder / f"checkpoint-{step:08d}"
         unfinished = target.with_name(target.name + ".part")
+        try:
+            self._save_folder(step, content, unfinished, target)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _save_folder(self, step: int, content: Content, unfinished: Path, target: Path) -> None:
         if self.processes.first:
             unfinished.mkdir()
             save_text(unfinished / "about.json", json.dumps({"step": step, "identity": self.identity}))
@@ -123,8 +130,8 @@ class Checkpoints:
         def read_json() -> None:
             about, mine = folder / "about.json", folder / f"process-{self.processes.rank}.json"
             common.update(check_fields(f"{_KIND}: {about}", load_json(about, _KIND), _HEADER))
-            own.update(check_fields(f"{_KIND}: {mine}", load_json(mine, _KIND), _types_of(content.about)))
             self._check(folder, common)
+            own.update(check_fields(f"{_KIND}: {mine}", load_json(mine, _KIND), _types_of(content.about)))
 
         self._together(folder, read_json)
         self._together(folder, lambda: _read_tensors(folder, self._named(content)))
