@@ -84,7 +84,7 @@ def load_tensors(
         ValueError: there is no such file, it is something else or damaged, or a field is missing or of another type.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{kind}: there is no file {path}")
+        raise ValueError(f"{kind}: there is no file {path}{' but a folder' if Path(path).is_dir() else ''}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             text = (file.metadata() or {}).get(kind)

@@ -269,8 +269,8 @@ def test_fields_are_checked_all_at_once() -> None:
         check_fields("it", bad, wanted)
     assert str(error.value) == (
         "it does not fit: n must be an integer from 1 to 5, got an integer beyond 64 bits; x must be a finite number,"
-        " got an integer beyond 64 bits; name must be text or null, got 3; more must be an object, got list; many must be"
-        " a list, each an integer from 0 to 9007199254740992, got list; 'new' is unknown"
+        " got an integer beyond 64 bits; name must be text or null, got 3; more must be an object, got list; many must"
+        " be a list, each an integer from 0 to 9007199254740992, got list; 'new' is unknown"
     )
 
 
