@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -36,13 +37,10 @@ class Arguments {
   // Sizes, dtype and device.
   void expect(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
               ScalarType type) const {
-    rank(name, tensor, static_cast<int64_t>(sizes.size()));
-    int64_t axis = 0;
-    for (const int64_t wanted : sizes) {
-      const int64_t size = tensor.size(axis++);
-      STD_TORCH_CHECK(size == wanted, op_, ": ", name, " must have the shape ", text_of(sizes), ", got ",
-                      size, " in axis ", axis - 1);
-    }
+    STD_TORCH_CHECK(tensor.defined(), op_, ": ", name, " must be a tensor");
+    const auto got = tensor.sizes();
+    STD_TORCH_CHECK(std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()), op_, ": ", name,
+                    " must have the shape ", text_of(sizes), ", got ", text_of(got));
     STD_TORCH_CHECK(tensor.scalar_type() == type, op_, ": ", name, " must have ScalarType ",
                     static_cast<int>(type), ", got ", static_cast<int>(tensor.scalar_type()));
     STD_TORCH_CHECK(tensor.is_cuda() == cuda_ && index_of(tensor) == device_, op_, ": ", name,
@@ -102,9 +100,10 @@ class Arguments {
  private:
   static int32_t index_of(const Tensor& tensor) { return tensor.is_cuda() ? tensor.get_device_index() : -1; }
 
-  static std::string text_of(std::initializer_list<int64_t> sizes) {
-    std::string text;
-    for (const int64_t size : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(size);
+  template <typename Sizes>
+  static std::string text_of(const Sizes& sizes) {
+    std::string text = "(";
+    for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
     return text + ")";
   }
 
