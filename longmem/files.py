@@ -38,7 +38,11 @@ class Whole:
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A name beside `path` to write to. What is there at the end replaces `path`, with the mode that the user's umask
-    gives; an error leaves the old file, and nothing beside it."""
+    gives; an error leaves the old file, and nothing beside it.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
@@ -48,6 +52,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, stat.S_IMODE(mode))
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        what = f"{error.strerror or error}; not written, what was there before is untouched"
+        raise OSError(error.errno, what, str(path)) from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -69,7 +77,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, about:
         with replacing(path) as temporary:
             save_file(contiguous, temporary, {kind: json.dumps(about)})
     except SafetensorError as error:  # how safetensors reports what the system said
-        raise OSError(f"{kind}: {path} was not written: {short(error)}") from None
+        raise OSError(f"{kind}: {path} was not written, what was there before is untouched: {short(error)}") from None
 
 
 def load_tensors(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +260,7 @@ class LongMem(nn.Module):
                 ) from error
         with naming(f"{_KIND}: {file}"):
             config = LongMemConfig.from_dict(about["config"])
-        model = cls(backbone, replace(config, **changes))
+        model = cls(backbone, LongMemConfig.from_dict(config.to_dict() | changes))
         if about["fingerprint"] != model.fingerprint:
             raise ValueError(
                 f"LongMem.from_pretrained: {folder} was trained on backbone {show(about['backbone'])}"

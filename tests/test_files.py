@@ -75,7 +75,9 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1000)))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     run = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=True)
-    assert run.stdout.count("File too large") == 3 and f"kind: {tmp_path}/tensors was not written" in run.stdout
+    told = run.stdout.splitlines()
+    assert len(told) == 3 and run.stdout.count("File too large") == run.stdout.count("before is untouched") == 3
+    assert all(f"{tmp_path}/{name}" in line for name, line in zip(("tensors", "text", "metrics"), told, strict=True))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
