@@ -1,7 +1,8 @@
 """Builds `longmem_kernels._C`: C++ kernels always, CUDA kernels when nvcc is present, also beside a CPU-only PyTorch.
 
 LONGMEM_BUILD=auto|cpu|cuda|none chooses (default auto: cuda with nvcc, else cpu with a C++ compiler, else none; says
-which). TORCH_CUDA_ARCH_LIST is honoured (default 8.0;9.0). Nothing is downloaded.
+which). TORCH_CUDA_ARCH_LIST is honoured (default 8.0;9.0). LONGMEM_SANITIZE=address builds the C++ kernels with that
+sanitizer (CONTRIBUTING.md). Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+WARNINGS = ["-Wall", "-Wno-unknown-pragmas"]
+SANITIZE = os.environ.get("LONGMEM_SANITIZE", "")
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1"] if SANITIZE else []
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "longmem_kernels/_version.py").read_text())[1]
 # The oldest PyTorch whose stable ABI the kernels use; a build made with any later one runs on all of them.
 TORCH_TARGET = "0x020b000000000000"
@@ -163,8 +167,8 @@ def extensions(build: str) -> list[Extension]:
             sources=sources,
             include_dirs=[str(ROOT / "csrc"), str(include), pybind11.get_include()],
             define_macros=macros,
-            extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"],
-            extra_link_args=["-Wl,--no-as-needed", *(f"-L{folder}" for folder in library_dirs)]
+            extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", *WARNINGS, *SANITIZE_FLAGS],
+            extra_link_args=["-Wl,--no-as-needed", *SANITIZE_FLAGS, *(f"-L{folder}" for folder in library_dirs)]
             + [f"-l{library}" for library in libraries],
             language="c++",
         )

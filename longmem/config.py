@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .files import check_fields, fields_of
+
 SIDENETS = ("none", "exact", "paper")
 
 
@@ -88,8 +90,6 @@ class LongMemConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LongMemConfig:
-        """Raises ValueError naming keys this version does not know."""
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"LongMemConfig: unknown keys {', '.join(sorted(unknown))}")
-        return cls(**values)
+        """Raises ValueError naming fields that are missing, unknown or of another type."""
+        wanted, optional = fields_of(cls)
+        return cls(**check_fields("LongMemConfig", values, wanted, optional=optional))

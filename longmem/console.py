@@ -30,8 +30,9 @@ from .data.stream import tokenize_documents
 from .evaluate.perplexity import PerplexityReport, perplexity
 from .evaluate.plots import plot_perplexity, plot_recall
 from .evaluate.probe import ProbePlan, ProbeReport, probe_layers
+from .files import check_fields, load_json
 from .memory import MemoryBank
-from .model import LongMem
+from .model import ABOUT, CONFIG, LongMem
 from .precision import autocast, resolve_precision
 from .states import StateSource
 from .tasks.recall import RecallConfig, RecallReport, run_recall
@@ -54,10 +55,11 @@ def choose_device(device: str) -> torch.device:
 
 def load_run(run: Path, device: str, **changes: Any) -> tuple[LongMem, Any]:
     """The model in `run`, and its tokenizer. `changes`: see `LongMem.from_pretrained`; None changes nothing."""
-    about = run / "config.json"
+    about = run / CONFIG
     if not about.exists():
         raise ValueError(f"no trained LongMem in {run}: config.json is missing (longmem train --out {run} makes one)")
-    backbone, tokenizer = load_backbone(json.loads(about.read_text())["backbone"], choose_device(device))
+    name = check_fields(f"longmem model: {about}", load_json(about, "longmem model"), ABOUT, others=True)["backbone"]
+    backbone, tokenizer = load_backbone(name, choose_device(device))
     changes = {name: value for name, value in changes.items() if value is not None}
     return LongMem.from_pretrained(run, backbone, **changes), tokenizer
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
+from longmem_kernels.ring import MAX_CURSOR
 
-from .files import load_tensors, save_tensors
+from .files import Whole, check_tensors, load_tensors, naming, save_tensors, show
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCOPES = ("row", "shared")
 KIND = "longmem memory"
+_SIZE = Whole(1, 2**31 - 1)
+HEADER = {"fingerprint": str, "scope": str, "rows": _SIZE, "layers": _SIZE, "tokens": Whole(1), "chunk_size": _SIZE}
 
 
 def _parts(ring: Ring) -> dict[str, Tensor]:
@@ -201,21 +207,26 @@ class MemoryBank:
         return {name: tensor.clone() for name, tensor in _parts(self.ring).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError when a tensor is missing or has another shape or dtype; nothing is changed then."""
+        """Raises ValueError when a tensor is missing, has another shape or dtype, or values that make no sense; nothing
+        is changed then."""
         parts = _parts(self._ring)
-        for name, mine in parts.items():
-            theirs = state.get(name)
-            if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-                got = "nothing" if theirs is None else f"{theirs.dtype} {tuple(theirs.shape)}"
-                raise ValueError(f"MemoryBank: {name} must be {mine.dtype} {tuple(mine.shape)}, got {got}")
+        check_tensors("MemoryBank", state, parts, others=True)
+        check_values(state)
         self._pending = None
         for name, mine in parts.items():
             mine.copy_(state[name])
         self._last_ids = {}
 
     def save(self, path: str | Path) -> None:
-        """Write the memory to a safetensors file, atomically."""
-        save_tensors(path, self.state_dict(), KIND, self._about())
+        """Write the memory to a safetensors file, atomically.
+
+        Raises:
+            ValueError: it could not be read back, see `load`.
+            OSError: it cannot be written; the old file is as it was.
+        """
+        state = self.state_dict()
+        check_values(state)
+        save_tensors(path, state, KIND, self._about())
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -232,30 +243,65 @@ class MemoryBank:
         """Read a memory back.
 
         Raises:
-            ValueError: the file is no memory, or was made by another backbone or layer than `fingerprint` says.
+            ValueError: the file is no memory, is damaged (tensors and header do not fit each other, a cursor or a scale
+                makes no sense), or was made by another backbone or layer than `fingerprint` says.
         """
-        state, about = load_tensors(path, KIND, device)
+        state, about = load_tensors(path, KIND, device, HEADER)
         cls._check_fingerprint(path, about, fingerprint)
-        _, heads, _, _, _, head_dim = state["store"].shape
-        bank = cls(
-            rows=about["rows"],
-            layers=about["layers"],
-            kv_heads=heads // about["layers"],
-            head_dim=head_dim,
-            tokens=about["tokens"],
-            chunk_size=about["chunk_size"],
-            scope=about["scope"],
-            dtype=state["store"].dtype,
-            device=device,
-            fingerprint=fingerprint,
-        )
+        if "world" in about:
+            raise ValueError(f"MemoryBank.load: {path} is a part of a memory over {about['world']!r} processes")
+        with naming(f"{KIND}: {path}"):
+            return cls._of_state(state, about, device)
+
+    @classmethod
+    def _of_state(
+        cls, state: dict[str, Tensor], about: dict[str, Any], device: torch.device | str, **options: Any
+    ) -> Self:
+        """A bank of tensors and a header that came from a file."""
+        bank = cls(**cls._options(state, about, options), device=device)
         bank.load_state_dict(state)
         return bank
+
+    @classmethod
+    def _options(cls, state: dict[str, Tensor], about: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        """What to make the bank with that a file holds. No more will be allocated than its tensors show to be there:
+        the sizes in the header are tried on the meta device.
+
+        Raises:
+            ValueError: its tensors do not fit its header.
+        """
+        store, layers = state.get("store"), about["layers"]
+        if store is None or store.dim() != 6 or store.shape[1] % layers:
+            got = "nothing" if store is None else tuple(store.shape)
+            raise ValueError(f"store must be [R, L * G, M, 2, C, D] with L = {layers}, got {got}")
+        options = options | {name: about[name] for name in HEADER}
+        options |= {"kv_heads": store.shape[1] // layers, "head_dim": store.shape[5], "dtype": store.dtype}
+        try:
+            wanted = cls(**options, device="meta").state_dict()
+        except RuntimeError:
+            raise ValueError(f"no memory has rows={about['rows']} and tokens={about['tokens']}") from None
+        check_tensors("its tensors do not fit its header", state, wanted)
+        return options
 
     @staticmethod
     def _check_fingerprint(path: str | Path, about: dict[str, Any], fingerprint: str) -> None:
         if about["fingerprint"] != fingerprint:
             raise ValueError(
                 f"MemoryBank.load: {path} was written by another model: its backbone and layer are"
-                f" {about['fingerprint'] or 'unnamed'}, wanted {fingerprint}"
+                f" {show(about['fingerprint'])}, wanted {show(fingerprint)}"
             )
+
+
+def check_values(state: dict[str, Tensor]) -> None:
+    """Numbers that kernels count with. A cursor has room left for what will be written."""
+    for name in ("cursor", "written"):
+        if name in state and not bool(((state[name] >= 0) & (state[name] < MAX_CURSOR // 2)).all()):
+            smallest, largest = (int(bound) for bound in torch.aminmax(state[name]))
+            raise ValueError(f"MemoryBank: {name} must lie in [0, 2^47), got values from {smallest} to {largest}")
+    scale = state.get("scale")
+    wrong = 0 if scale is None else int((~((scale >= 0) & (scale < torch.inf))).sum())
+    if wrong:
+        raise ValueError(
+            f"MemoryBank: scale must be finite and not negative, got {wrong} that are not (the file is damaged, or the"
+            " model's keys or values were not finite)"
+        )

@@ -16,13 +16,14 @@ from .backbones.base import Backbone, States
 from .backbones.load import load_backbone
 from .config import LongMemConfig
 from .data.stream import IGNORE
-from .files import load_tensors, save_tensors
+from .files import check_tensors, load_tensors, naming, save_tensors, save_text, short, show
 from .generation import Sampler, Stop, decode
 from .memory import MemoryBank
 from .sharded import ShardedMemoryBank
 from .sidenet import SideNet
 
-_KIND, _WEIGHTS = "longmem model", "longmem.safetensors"
+_KIND, _WEIGHTS, CONFIG = "longmem model", "longmem.safetensors", "config.json"
+ABOUT = {"config": dict, "backbone": str, "fingerprint": str}  # in both files
 _CHANGEABLE = {"segment", "memory_tokens", "chunks_per_query", "chunk_size", "scope"}
 
 
@@ -228,7 +229,7 @@ class LongMem(nn.Module):
         folder, trained = Path(folder), self.trainable()
         found = trained if weights is None else weights
         save_tensors(folder / _WEIGHTS, {name: found[name].detach().cpu() for name in trained}, _KIND, about)
-        (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        save_text(folder / CONFIG, json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -247,24 +248,25 @@ class LongMem(nn.Module):
                 f"LongMem.from_pretrained: of the configuration {', '.join(sorted(_CHANGEABLE))} may be changed, got"
                 f" {', '.join(sorted(fixed))}"
             )
-        weights, about = load_tensors(Path(folder) / _WEIGHTS, _KIND)
+        file = Path(folder) / _WEIGHTS
+        weights, about = load_tensors(file, _KIND, header=ABOUT)
         if backbone is None:
             try:
                 backbone, _ = load_backbone(about["backbone"], device)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"LongMem.from_pretrained: {folder} needs the backbone {about['backbone']!r}, which cannot be"
-                    f" loaded by that name; pass it as `backbone` ({error})"
+                    f" loaded by that name; pass it as `backbone` ({short(error, 200)})"
                 ) from error
-        model = cls(backbone, LongMemConfig.from_dict(about["config"] | changes))
+        with naming(f"{_KIND}: {file}"):
+            config = LongMemConfig.from_dict(about["config"])
+        model = cls(backbone, LongMemConfig.from_dict(config.to_dict() | changes))
         if about["fingerprint"] != model.fingerprint:
             raise ValueError(
-                f"LongMem.from_pretrained: {folder} was trained on backbone {about['backbone']!r}"
-                f" ({about['fingerprint']}), got {backbone.name!r} ({model.fingerprint})"
+                f"LongMem.from_pretrained: {folder} was trained on backbone {show(about['backbone'])}"
+                f" ({show(about['fingerprint'])}), got {backbone.name!r} ({model.fingerprint})"
             )
-        different = weights.keys() ^ model.trainable().keys()
-        if different:
-            raise ValueError(f"LongMem.from_pretrained: {folder} misses, or should not have, {sorted(different)}")
+        check_tensors(f"{_KIND}: {file}", weights, model.trainable(), any_float=True)
         model.sidenet.load_state_dict(weights, strict=False)
         return model
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from longmem_kernels.memory_attention.reference import memory_share
 
 from .collectives import Ranks
-from .files import load_tensors, save_tensors
-from .memory import KIND, MemoryBank
+from .files import Whole, check_tensors, load_tensors, naming
+from .memory import HEADER, KIND, MemoryBank, check_values
+
+_OF_A_PART = {"world": Whole(1, 2**31 - 1), "replicated": bool}
 
 
 class ShardedMemoryBank(MemoryBank):
@@ -172,17 +174,32 @@ class ShardedMemoryBank(MemoryBank):
         return super().state_dict() | {"written": self._written.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        written = state.get("written")
-        if written is None or written.shape != self._written.shape:
-            got = "nothing" if written is None else tuple(written.shape)
-            raise ValueError(f"ShardedMemoryBank: written must be {tuple(self._written.shape)}, got {got}")
+        check_tensors("ShardedMemoryBank", state, {"written": self._written}, others=True)
+        check_values(state)
+        own = tokens_of_rank(state["written"], self._ring.chunk_size, self.ranks)
+        if not torch.equal(own, state["cursor"].to(own.device)):
+            raise ValueError(
+                f"ShardedMemoryBank: of {state['written'].tolist()} tokens written, rank {self.ranks.rank} has"
+                f" {own.tolist()}, got cursor {state['cursor'].tolist()}"
+            )
         super().load_state_dict(state)
-        self._written.copy_(written)
+        self._written.copy_(state["written"])
 
     def save(self, path: str | Path) -> None:
-        """Write what this rank holds beside what the others hold, each to its own file named after `path`."""
-        save_tensors(_own_file(path, self.ranks), self.state_dict(), KIND, self._about())
-        dist.barrier(self.ranks.group)
+        """Write what this rank holds beside what the others hold, each to its own file named after `path`. Raises as
+        `MemoryBank.save`, and RuntimeError where another rank could not write."""
+        problem: Exception | None = None
+        try:
+            super().save(_own_file(path, self.ranks))
+        except (ValueError, OSError) as error:
+            problem = error
+        failed = self.ranks.all_gather(torch.tensor([problem is not None], device=self._written.device))
+        if problem is not None:
+            raise problem
+        if bool(failed.any()):  # said here too: who waits for a rank that has failed waits for ever
+            raise RuntimeError(
+                f"ShardedMemoryBank.save: ranks {failed.nonzero()[:, 0].tolist()} could not write {path}"
+            )
 
     def _about(self) -> dict[str, Any]:
         ranks = self.ranks
@@ -206,45 +223,43 @@ class ShardedMemoryBank(MemoryBank):
         """
         ranks = Ranks(group, replicated)
         whole = Path(path).is_file()
-        state, about = load_tensors(path if whole else _own_file(path, ranks), KIND)
-        cls._check_fingerprint(path, about, fingerprint)
-        if not whole and about["replicated"] != replicated:
-            raise ValueError(f"ShardedMemoryBank.load: {path} was saved with replicated={about['replicated']}")
-        if whole:
-            if about["rows"] % ranks.sources:
-                raise ValueError(
-                    f"ShardedMemoryBank.load: the {about['rows']} rows of {path} do not divide among"
-                    f" {ranks.sources} ranks"
-                )
-            about["rows"] //= ranks.sources
-            state = shard_of(state, ranks)
-        bank = cls(
-            rows=about["rows"],
-            layers=about["layers"],
-            kv_heads=state["store"].shape[1] // about["layers"],
-            head_dim=state["store"].shape[-1],
-            tokens=about["tokens"],
-            chunk_size=about["chunk_size"],
-            scope=about["scope"],
-            dtype=state["store"].dtype,
-            device=device,
-            fingerprint=fingerprint,
-            group=group,
-            replicated=replicated,
-        )
-        bank.load_state_dict(state)
-        return bank
+        file = Path(path) if whole else _own_file(path, ranks)
+        state, about = load_tensors(file, KIND, header=HEADER if whole else HEADER | _OF_A_PART)
+        cls._check_fingerprint(file, about, fingerprint)
+        if not whole and (about["replicated"], about["world"]) != (replicated, ranks.world):
+            raise ValueError(
+                f"ShardedMemoryBank.load: {file} was saved with replicated={about['replicated']} by {about['world']}"
+                f" ranks, not with {replicated} by {ranks.world}"
+            )
+        with naming(f"{KIND}: {file}"):
+            if whole:
+                MemoryBank._options(state, about, {})
+                check_values(state)
+                if about["rows"] % ranks.sources:
+                    raise ValueError(f"its {about['rows']} rows do not divide among {ranks.sources} ranks")
+                about["rows"] //= ranks.sources
+                state = shard_of(state, ranks)
+            return cls._of_state(state, about, device, group=group, replicated=replicated)
 
 
 def shard_of(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """What a rank holds of a whole bank's `state_dict`."""
-    W, rank, size = ranks.world, ranks.rank, state["store"].shape[4]
     written = state["cursor"]
-    closed, opened = written // size, written % size
-    # Of `closed` chunks every W-th, from the rank-th on; the open one is the next one's owner's.
-    cursor = (closed - rank + W - 1) // W * size + torch.where(closed % W == rank, opened, 0)
-    shard = {name: tensor[:, :, rank::W] for name, tensor in state.items() if name not in ("tail", "cursor")}
+    cursor = tokens_of_rank(written, state["store"].shape[4], ranks)
+    shard = {
+        name: tensor[:, :, ranks.rank :: ranks.world]
+        for name, tensor in state.items()
+        if name not in ("tail", "cursor")
+    }
     return shard | {"tail": state["tail"], "cursor": cursor, "written": written}
+
+
+def tokens_of_rank(written: Tensor, chunk_size: int, ranks: Ranks) -> Tensor:
+    """How many of `written` tokens a rank was given."""
+    closed, opened = written // chunk_size, written % chunk_size
+    # Of `closed` chunks every W-th, from the rank-th on; the open one is the next one's owner's.
+    whole = (closed - ranks.rank + ranks.world - 1) // ranks.world * chunk_size
+    return whole + torch.where(closed % ranks.world == ranks.rank, opened, 0)
 
 
 def best_of(ids: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backbones import States
 from .data.stream import Batch
-from .files import open_tensors, save_tensors
+from .files import check_tensors, open_tensors, save_tensors, tensors_like
 from .model import LongMem
 from .precision import autocast, resolve_precision
 
@@ -89,7 +89,7 @@ class StateCache:
     def _segment(self, document: int, start: int, length: int) -> dict[str, Tensor]:
         """The states of one row, padded with zeros to `length` tokens."""
         file = self._document(document)
-        rows = {name: file.get_slice(name)[start : start + length] for name in self._row_shapes()}
+        rows = {name: file.get_slice(name)[start : start + length] for name in file.keys()}  # noqa: SIM118
         missing = length - len(rows["key"])
         if missing:
             rows = {name: torch.cat([row, row.new_zeros(missing, *row.shape[1:])]) for name, row in rows.items()}
@@ -102,20 +102,19 @@ class StateCache:
             if not path.exists():
                 _encode([self], index, None)
             file = open_tensors(path, _KIND)
-            wanted = {name: [len(self.documents[index]), *shape] for name, shape in self._row_shapes().items()}
-            got = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            if wanted != got:
-                raise ValueError(f"{_KIND}: {path}: wanted tensors of shapes {wanted}, got {got}")
+            found = tensors_like(file, path, _KIND)
+            check_tensors(f"{_KIND}: {path}", found, self._like(index), any_float=self.dtype is None)
             self._open[index] = file
         return self._open[index]
 
-    def _row_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what is kept of one token."""
-        config, backbone = self.model.config, self.model.backbone
-        layer = backbone.layer(config.memory_layers[0])
-        heads = len(config.memory_layers) * layer.kv_heads
-        shapes: dict[str, tuple[int, ...]] = {f"hidden_{d}": (backbone.hidden_size,) for d in self.model.sidenet.depths}
-        return shapes | dict.fromkeys(("key", "value"), (heads, layer.head_dim))
+    def _like(self, index: int) -> dict[str, Tensor]:
+        """Without content, the tensors that a document's file must hold."""
+        config, tokens = self.model.config, len(self.documents[index])
+        layer = self.model.backbone.layer(config.memory_layers[0])
+        dtype, heads = self.dtype or self.model.backbone.dtype, len(config.memory_layers) * layer.kv_heads
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("key", "value"), (heads, layer.head_dim))
+        shapes |= {f"hidden_{depth}": (self.model.backbone.hidden_size,) for depth in self.model.sidenet.depths}
+        return {name: torch.empty(tokens, *shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
 
     def _let_go(self, documents: set[int]) -> None:
         """Closes the files of documents that neither this call nor the one before has read: a control reads two

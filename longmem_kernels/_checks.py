@@ -7,6 +7,7 @@ from torch import Tensor
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPUTE_DTYPES = (*STORAGE_DTYPES, torch.float64)
+FEW = 64
 QUANTISED_DTYPE = torch.float8_e4m3fn  # of memory whose chunks carry a scale
 
 _debug = False
@@ -99,7 +100,11 @@ def check_range(op: str, name: str, tensor: Tensor, low: int, high: int) -> None
     """Values of an integer tensor must lie in [low, high). Read only where `values_readable`."""
     if not values_readable(tensor) or tensor.numel() == 0:
         return
-    smallest, largest = (int(bound) for bound in torch.aminmax(tensor))
+    if tensor.numel() <= FEW:  # reading them is quicker than launching an operation
+        values = tensor.flatten().tolist()
+        smallest, largest = min(values), max(values)
+    else:
+        smallest, largest = (int(bound) for bound in torch.aminmax(tensor))
     if smallest < low or largest >= high:
         raise ValueError(f"{op}: {name} must lie in [{low}, {high}), got values from {smallest} to {largest}")
 
@@ -116,6 +121,55 @@ def check_ring_index(op: str, ring_index: Tensor | None, sizes: Sizes) -> None:
     sizes.bind("ring_index", ring_index, "B")
     check_dtype(op, "ring_index", ring_index, (torch.int32,))
     check_range(op, "ring_index", ring_index, 0, rings)
+
+
+class KernelArguments:
+    """Checks in a torch op what its kernel dereferences, at a few hundred nanoseconds a tensor.
+
+    The public functions check more and say it better; this holds for calls of `torch.ops.longmem`, as `Arguments` does
+    in the C++ bindings.
+    """
+
+    def __init__(self, op: str, first: Tensor) -> None:
+        self.op, self.device, self.index = op, first.device, first.get_device()
+
+    def expect(
+        self,
+        name: str,
+        tensor: Tensor | None,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        whole: bool = False,
+        any_strides: bool = False,
+    ) -> None:
+        """Raises ValueError unless it has this shape and dtype, is on the device, and has a contiguous last axis, is
+        contiguous (`whole`) or has `any_strides`. None passes."""
+        if tensor is None:
+            return
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.get_device() != self.index:
+            raise ValueError(
+                f"{self.op}: {name} must be {dtype} {tuple(shape)} on {self.device}, got {tensor.dtype}"
+                f" {tuple(tensor.shape)} on {tensor.device}"
+            )
+        if any_strides:
+            return
+        fits = tensor.is_contiguous() if whole else tensor.stride(-1) == 1 or shape[-1] <= 1
+        if not fits:
+            wanted = "contiguous" if whole else "contiguous in its last axis"
+            raise ValueError(f"{self.op}: {name} must be {wanted}, got strides {tensor.stride()}")
+
+    def require(self, holds: bool, wanted: str, *got: object) -> None:
+        if not holds:
+            raise ValueError(f"{self.op}: {wanted}, got {', '.join(map(str, got))}")
+
+    def heads(self, H: int, G: int, D: int, head_dims: tuple[int, ...]) -> None:
+        self.require(G > 0 and H > 0 and H % G == 0, "query heads must be a multiple of key/value heads", H, G)
+        self.require(D in head_dims, "head dim must be one that this kernel was made for", D)
+
+    def ring_index(self, ring_index: Tensor | None, B: int, R: int) -> None:
+        self.expect("ring_index", ring_index, (B,), torch.int32, whole=True)
+        self.require(ring_index is not None or R in (1, B), "ring_index is needed when R is neither 1 nor B", R, B)
 
 
 def packed(tensor: Tensor | None) -> Tensor | None:

@@ -31,9 +31,14 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def ring_of_row(p_ring_index, i_b, R):
-    """Ring of batch row `i_b` (int64): as `ring_index` says; without one, the row's own, or the only one."""
+def ring_of_row(p_ring_index, i_b, R, M):
+    """Ring of batch row `i_b` (int64), and its M slots: as `ring_index` says; without one, the row's own or the only one.
+
+    A ring that does not exist is ring 0 without slots: nothing of it is read.
+    """
     if p_ring_index is not None:
-        return tl.load(p_ring_index + i_b).to(tl.int64)
+        i_r = tl.load(p_ring_index + i_b).to(tl.int64)
+        exists = (i_r >= 0) & (i_r < R)
+        return tl.where(exists, i_r, 0), tl.where(exists, M, 0)
     else:
-        return tl.where(R == 1, 0, i_b)
+        return tl.where(R == 1, 0, i_b), M

@@ -10,12 +10,15 @@ from torch import Tensor
 from ._checks import COMPUTE_DTYPES, QUANTISED_DTYPE
 
 MAX_CHUNK_SIZE = 64
+MAX_CURSOR = 2**48  # tokens ever written stay below: the CUDA kernel counts blocks in the bits above
 
 
 def rings_of_rows(ring_index: Tensor | None, rings: int, rows: int, device: torch.device) -> Tensor:
-    """[rows] int64, the ring of each batch row: as `ring_index` says; without one, the row's own, or the only one."""
+    """[rows] int64, the ring of each batch row: as `ring_index` says; without one, the row's own, or the only one.
+    -1 for a ring that does not exist."""
     if ring_index is not None:
-        return ring_index.long()
+        exists = (ring_index >= 0) & (ring_index < rings)
+        return torch.where(exists, ring_index, -1).long()
     if rings == rows:
         return torch.arange(rows, device=device)
     return torch.zeros(rows, dtype=torch.int64, device=device)
@@ -42,7 +45,7 @@ class Ring:
         store: [R, G, M, 2, C, D], key (0) and value (1) of a chunk beside each other: one contiguous gather per chunk.
         centroid: [R, G, M, D], mean key of each chunk, summed in float32 over its tokens, of `token_dtype`.
         tail: [R, G, 2, C, D], the open chunk, of `token_dtype`.
-        cursor: [R] int64, tokens ever written, below 2^48.
+        cursor: [R] int64, tokens ever written, in [0, 2^48).
         scale: [R, G, M, 2] float32, of the keys (0) and the values (1) of each chunk; None unless the store is float8.
     """
 
@@ -125,12 +128,21 @@ class Ring:
         return self.store[:, :, :, 1]
 
     def count(self) -> Tensor:
-        """[R] int32, chunks searchable now (on the ring's device, no host sync)."""
-        return torch.clamp(self.cursor // self.chunk_size, max=self.chunks).to(torch.int32)
+        """[R] int32 in [0, M] whatever `cursor` holds, chunks searchable now (on the ring's device, no host sync)."""
+        return torch.clamp(self.cursor // self.chunk_size, 0, self.chunks).to(torch.int32)
 
     def reset(self, rings: Tensor | None = None) -> None:
-        """Empty all rings, or those where `rings` [R] bool is true. In place, no host sync; data stays, unread."""
+        """Empty all rings, or those where `rings` [R] bool is true. In place, no host sync; data stays, unread.
+
+        Raises:
+            ValueError: `rings` has another shape, dtype or device.
+        """
         if rings is None:
             self.cursor.zero_()
-        else:
-            self.cursor.masked_fill_(rings, 0)
+            return
+        if rings.shape != self.cursor.shape or rings.dtype != torch.bool or rings.device != self.cursor.device:
+            raise ValueError(
+                f"Ring.reset: rings must be bool {tuple(self.cursor.shape)} on {self.cursor.device}, got {rings.dtype}"
+                f" {tuple(rings.shape)} on {rings.device}"
+            )
+        self.cursor.masked_fill_(rings, 0)

@@ -144,6 +144,14 @@ def test_ring_write_refuses_and_leaves_the_ring_as_it_was(
         (lambda r: {"cursor": r.cursor.int()}, TypeError, ["ring.cursor", "int64", "int32"]),
         (lambda r: {"cursor": r.cursor[:1]}, ValueError, ["ring.cursor", "R = 2", "(1,)"]),
         (lambda r: {"cursor": r.cursor.to("meta")}, ValueError, ["ring.cursor", "cpu", "meta"]),
+        *(
+            (
+                lambda r, n=n: {"cursor": r.cursor + n},
+                ValueError,
+                ["ring.cursor must lie in [0, 2814", f"from {n} to {n}"],
+            )
+            for n in (-1, -50, -(10**11), 2**48 - 2, 2**48, 2**63 - 1, -(2**63))
+        ),
         (lambda r: {"scale": zeros(2, 2, 5, 2)}, ValueError, ["ring.scale must be None", "float32", "a tensor"]),
         (
             lambda r: {"store": r.store.to(torch.float8_e4m3fn)},

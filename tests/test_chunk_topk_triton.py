@@ -22,6 +22,7 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 from interpreter import prepare_once_per_launch  # noqa: E402
 
 from longmem_kernels import chunk_topk  # noqa: E402
+from longmem_kernels.chunk_topk.reference import chunk_topk_reference  # noqa: E402
 
 if not CUDA:
     prepare_once_per_launch()
@@ -238,3 +239,16 @@ def test_bank_beyond_int32_offsets() -> None:
     query = torch.ones(1, 1, 1, 64, dtype=torch.bfloat16, device=DEVICE)
     ids, _ = chunk_topk(query, centroid, 4, count=counts(M), impl="triton")
     assert ids.flatten().tolist() == [M - 1, M - 2, M - 3, M - 4]
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_counts_and_rings_that_make_no_sense_are_none_or_all(rows: int) -> None:
+    """Called by hand: the public function would refuse them on the CPU."""
+    query, centroid = integers(5, 2, rows, 32), integers(4, 2, 37, 32, seed=1)
+    count, index = counts(-(2**31), 2**31 - 1, 38, 5), counts(0, 1, 2, 4, -1)
+    got = torch.ops.longmem.chunk_topk_triton(query, centroid, count, index, 7)
+    wanted = chunk_topk_reference(query, centroid, count.clamp(0, 37), index, 7)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    assert (got[0][[0, 3, 4]] == -1).all()
+    with pytest.raises(ValueError, match="chunk_topk: count must be"):
+        torch.ops.longmem.chunk_topk_triton(query, centroid, count[:3], index, 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -256,6 +257,33 @@ def test_what_cannot_go_on_is_refused_everywhere(tmp_path: Path) -> None:
     run_ranks(2, refuse, tmp_path, tmp_path)
     with pytest.raises(ValueError, match="holds that of a run with torchrun"):
         trainer(tmp_path / "run", [60, 60], 1, {}, {"steps": 2})
+
+
+def read_damaged(rank: int, folder: Path, part: str) -> str:
+    """A copy of the run with one file of its checkpoint missing or cut: what every process is told."""
+    damaged = folder / part.replace("*", "x")
+    if rank == 0:
+        shutil.copytree(folder / "run", damaged)
+        (found,) = damaged.glob(f"checkpoint-????????/{part.split()[0]}")
+        content = found.read_bytes()
+        found.unlink() if part.endswith("gone") else found.write_bytes(content[: len(content) // 2])
+    dist.barrier()
+    with pytest.raises(ValueError) as error:
+        trainer(damaged, [60, 60], 1, {}, {"steps": 2})
+    return str(error.value)
+
+
+def read_all_damaged(rank: int, folder: Path) -> list[tuple[str, str]]:
+    train(rank, folder / "run", [60, 60], 1, {}, {"steps": 2})
+    files = ("about.json", "process-1.json", ".metadata", "__0_*.distcp", "__1_*.distcp")
+    parts = [f"{file} {how}" for file in files for how in ("gone", "cut")]
+    return [(part, read_damaged(rank, folder, part)) for part in parts]
+
+
+def test_a_damaged_checkpoint_folder_is_refused_by_all_in_one_line(tmp_path: Path) -> None:
+    for answers in run_ranks(2, read_all_damaged, tmp_path, tmp_path):
+        for part, message in answers:
+            assert str(tmp_path / part.replace("*", "x") / "checkpoint-") in message and "\n" not in message, message
 
 
 def other_number(rank: int, folder: Path) -> None:

@@ -416,3 +416,27 @@ def test_needs_little_more_memory_than_its_outputs() -> None:
     torch.autograd.grad(memory_attention(**arguments, impl="triton").sum(), leaves)
     gathered = B * H * T * K * C * D * 2 * 2
     assert torch.cuda.max_memory_allocated() - before < gathered / 4
+
+
+@pytest.mark.parametrize("T", [1, 20])
+def test_ids_and_rings_that_make_no_sense_are_none(T: int) -> None:
+    """Called by hand, forward and backward: the public function would refuse them on the CPU."""
+    B, H, G, D, R, M, C, K = 3, 4, 2, 32, 2, 5, 3, 4
+    query, memory_query = torch.randn(2, B, H, T, D, device=DEVICE)
+    key, value = torch.randn(2, B, G, T, D, device=DEVICE)
+    bank = torch.randn(R, G, M, C, D, device=DEVICE)
+    ids = torch.randint(0, M, (B, H, T, K), dtype=torch.int32, device=DEVICE)
+    ids[..., 1] = torch.tensor([M, -2, 2**31 - 1, -(2**31)], device=DEVICE)[:, None]
+    index = torch.tensor([1, R, -7], dtype=torch.int32, device=DEVICE)
+    sound = torch.where((ids >= 0) & (ids < M) & (index == 1)[:, None, None, None], ids, -1)
+    options = ("joint", D**-0.5, True, None, 0.0)
+    results = []
+    for chunk_ids, ring_index in ((ids, index), (sound, torch.ones_like(index))):
+        inputs = (query, key, value, memory_query, bank, bank, chunk_ids, None, ring_index, None, None, None, None)
+        out, *saved = torch.ops.longmem.memory_attention_triton(*inputs, *options)
+        grads = (torch.ones_like(out), None, None)
+        gradients = torch.ops.longmem.memory_attention_backward_triton(*grads, *inputs, *options, *saved)
+        results.append((out, *saved, *gradients))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="memory_attention: chunk_ids must be"):
+        torch.ops.longmem.memory_attention_triton(*inputs[:6], ids.long(), *inputs[7:], *options)

@@ -282,7 +282,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     stored, about = load_tensors(tmp_path / "longmem.safetensors", "longmem model")
     del stored["reads.0.log_temperature"]
     save_tensors(tmp_path / "longmem.safetensors", stored, "longmem model", about)
-    with pytest.raises(ValueError, match=r"misses, or should not have, \['reads\.0\.log_temperature'\]"):
+    with pytest.raises(ValueError, match=r"longmem.safetensors: reads\.0\.log_temperature must be .*, got nothing"):
         LongMem.from_pretrained(tmp_path, model.backbone)
 
 
@@ -318,7 +318,7 @@ def test_bad_configurations_are_named(options: dict[str, Any], message: str) -> 
 
 
 def test_unknown_configuration_keys_are_named() -> None:
-    with pytest.raises(ValueError, match="unknown keys colour"):
+    with pytest.raises(ValueError, match="'colour' is unknown"):
         LongMemConfig.from_dict({"memory_layers": (1,), "colour": "red"})
 
 

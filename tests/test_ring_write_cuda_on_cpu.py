@@ -17,6 +17,7 @@ from factories import new_ring, poison
 from torch import Tensor
 
 from longmem_kernels import Ring, ring_write
+from longmem_kernels.ring_write.reference import ring_write_reference
 
 ROOT = Path(__file__).parent.parent
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]  # in the order of `Scalar`
@@ -263,3 +264,31 @@ def test_what_cannot_be_launched_is_said_before_anything_changes(kernel: ctypes.
     with pytest.raises(AssertionError, match="too many tokens"):
         write(kernel, ring, key, key)
     assert ring.cursor.tolist() == [0]
+
+
+@pytest.mark.parametrize("cursor", [-(2**63), -7, 2**48 - 3, 2**48, 2**63 - 1])
+@pytest.mark.parametrize("shared", [False, True])
+def test_any_cursor_writes_inside_and_leaves_a_cursor(kernel: ctypes.CDLL, cursor: int, shared: bool) -> None:
+    """Taken modulo 2^48, of which the reference makes the same. Without upper bits: with them, counting blocks would
+    end at another one."""
+    key, value = torch.randn(2, 2, 2, 9, 8)
+    rings = [new_ring(), new_ring()]
+    mask = torch.ones(2, 9, dtype=torch.bool) if shared else None
+    index = torch.tensor([1, -4], dtype=torch.int32) if shared else None
+    for ring in rings:
+        ring.cursor.fill_(cursor % 2**48)
+    write(kernel, rings[0], key, value, index, mask)
+    ring_write_reference(rings[1], key, value, index, mask)
+    for part in ("store", "centroid", "cursor"):
+        assert torch.equal(getattr(rings[0], part), getattr(rings[1], part))
+    assert all(0 <= end < 2**48 for end in rings[0].cursor.tolist())
+    rings[0].cursor.fill_(cursor)
+    for _ in range(3):
+        write(kernel, rings[0], key, value, index, mask)
+
+
+def test_more_tokens_in_a_chunk_than_a_tile_holds_are_refused(kernel: ctypes.CDLL) -> None:
+    store, tail, key = torch.zeros(1, 1, 2, 2, 65, 8), torch.zeros(1, 1, 2, 65, 8), torch.zeros(1, 1, 70, 8)
+    ring = Ring(store, torch.zeros(1, 1, 2, 8), tail, torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(AssertionError, match="too many tokens in a chunk"):
+        write(kernel, ring, key, key)

@@ -279,7 +279,7 @@ def refuse(rank: int) -> None:
     with pytest.raises(ValueError, match="fusion='gated' needs gate"):
         memory.attend(query, key, key, ids)
     state = memory.state_dict()
-    with pytest.raises(ValueError, match=r"written must be \(1,\), got nothing"):
+    with pytest.raises(ValueError, match=r"written must be torch.int64 \(1,\), got nothing"):
         memory.load_state_dict({name: tensor for name, tensor in state.items() if name != "written"})
 
 

@@ -1,4 +1,4 @@
-// Binds chunk_topk to PyTorch. Arguments have been checked by longmem_kernels/chunk_topk/api.py.
+// Binds chunk_topk to PyTorch.
 #include "chunk_topk/chunk_topk.h"
 
 #include <torch/csrc/stable/library.h>
@@ -11,14 +11,17 @@
 #include <tuple>
 #include <vector>
 
+#include "common/arguments.h"
 #include "common/scalar.h"
 #include "common/simd.h"
 
 namespace longmem {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 constexpr const char* kOp = "chunk_topk";
+constexpr int64_t kMaxK = 64;
 
 using Task = void (*)(const ChunkTopkParams&, int64_t);
 
@@ -85,21 +88,41 @@ void run_few(ChunkTopkParams p) {
   merge_splits(p);
 }
 
+Arguments check(const Tensor& query, const Tensor& centroid, const Tensor& count,
+                const std::optional<Tensor>& ring_index, int64_t k) {
+  const Arguments arguments(kOp, query);
+  arguments.rank("query", query, 4);
+  arguments.rank("centroid", centroid, 4);
+  const int64_t B = query.size(0), H = query.size(1), T = query.size(2), D = query.size(3);
+  const int64_t R = centroid.size(0), G = centroid.size(1), M = centroid.size(2);
+  for (const int64_t size : {R, G, M, D}) arguments.in_range("every size of centroid", size, 1, INT64_MAX);
+  STD_TORCH_CHECK(H > 0 && H % G == 0, kOp,
+                  ": query heads H must be a multiple of memory's heads G, got H = ", H, " and G = ", G);
+  arguments.in_range("k", k, 1, kMaxK + 1);
+  arguments.expect_rows("query", query, {B, H, T, D}, query.scalar_type());
+  arguments.expect_rows("centroid", centroid, {R, G, M, D}, centroid.scalar_type());
+  arguments.expect_packed("count", count, {R}, ScalarType::Int);
+  arguments.expect_ring_index(ring_index, B, R);
+  return arguments;
+}
+
 std::tuple<Tensor, Tensor> run_cpu(Tensor query, Tensor centroid, Tensor count,
                                    std::optional<Tensor> ring_index, int64_t k) {
+  const Arguments arguments = check(query, centroid, count, ring_index, k);
   ChunkTopkParams p{};
   p.B = query.size(0), p.H = query.size(1), p.T = query.size(2), p.D = query.size(3), p.K = k;
   p.R = centroid.size(0), p.G = centroid.size(1), p.M = centroid.size(2);
-  Tensor ids = torch::stable::new_empty(query, {p.B, p.H, p.T, p.K}, torch::headeronly::ScalarType::Int);
-  Tensor scores = torch::stable::new_empty(query, {p.B, p.H, p.T, p.K}, torch::headeronly::ScalarType::Float);
+  Tensor ids = torch::stable::new_empty(query, {p.B, p.H, p.T, p.K}, ScalarType::Int);
+  Tensor scores = torch::stable::new_empty(query, {p.B, p.H, p.T, p.K}, ScalarType::Float);
   p.rows = p.R == 1 ? p.B : 1;
   if (p.B * p.T == 0) return {ids, scores};
 
-  const Tensor counts = torch::stable::contiguous(count);
+  const auto counts = arguments.copy("count", count, 0, p.M + 1);
+  const auto rings = arguments.copy("ring_index", ring_index, 0, p.R);
   p.query = query.const_data_ptr();
   p.centroid = centroid.const_data_ptr();
-  p.count = static_cast<const int32_t*>(counts.const_data_ptr());
-  p.ring_index = ring_index ? static_cast<const int32_t*>(ring_index->const_data_ptr()) : nullptr;
+  p.count = counts.data();
+  p.ring_index = ring_index ? rings.data() : nullptr;
   p.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
   p.scores = static_cast<float*>(scores.mutable_data_ptr());
   for (int axis = 0; axis < 3; ++axis) {
@@ -108,12 +131,6 @@ std::tuple<Tensor, Tensor> run_cpu(Tensor query, Tensor centroid, Tensor count,
   }
   p.query_type = scalar_of(query.scalar_type(), kOp, "query");
   p.centroid_type = scalar_of(centroid.scalar_type(), kOp, "centroid");
-  for (int64_t row = 0; row < p.B; ++row) {
-    const int64_t ring = ring_of_row(p.ring_index, p.R, p.B, row);
-    STD_TORCH_CHECK(ring >= 0 && ring < p.R, kOp, ": ring_index must lie in [0, ", p.R, "), got ", ring);
-    STD_TORCH_CHECK(p.count[ring] >= 0 && p.count[ring] <= p.M, kOp, ": count must lie in [0, ", p.M,
-                    "], got ", p.count[ring]);
-  }
   if (chunk_topk_queries(p) <= kFewQueries) {
     run_few(p);
   } else {

@@ -1,16 +1,18 @@
-// Binds memory_attention to PyTorch. Arguments have been checked by longmem_kernels/memory_attention/api.py.
+// Binds memory_attention to PyTorch.
 #include "memory_attention/memory_attention.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "common/arguments.h"
 #include "common/scalar.h"
 #include "common/simd.h"
 
@@ -21,6 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Task = void (*)(const MemoryAttentionParams&, int64_t);
 constexpr const char* kOp = "memory_attention";
+constexpr int64_t kMaxRetrieved = int64_t{1} << 31;  // tokens of a query
 
 struct Tasks {
   int64_t (*block)();
@@ -73,27 +76,51 @@ struct Inputs {
   double dropout_p;
 };
 
-void check(const Inputs& in, const MemoryAttentionParams& p) {
+// Returns the checked ring of each row; see `Arguments::copy`.
+std::vector<int32_t> check(const Inputs& in) {
+  const Arguments arguments(kOp, in.query);
+  for (const Tensor* tensor : {&in.query, &in.key, &in.ids})
+    arguments.rank("query, key or chunk_ids", *tensor, 4);
+  arguments.rank("memory_key", in.memory_key, 5);
+  const int64_t B = in.query.size(0), H = in.query.size(1), T = in.query.size(2), D = in.query.size(3);
+  const int64_t G = in.key.size(1), S = in.key.size(2), K = in.ids.size(3);
+  const int64_t R = in.memory_key.size(0), M = in.memory_key.size(2), C = in.memory_key.size(3);
+  for (const int64_t size : {R, G, M, C, K, D})
+    arguments.in_range("every size of memory_key and chunk_ids", size, 1, INT64_MAX);
+  arguments.in_range("retrieved tokens of a query K * C", K, 1, kMaxRetrieved / C + 1);
+  STD_TORCH_CHECK(H > 0 && H % G == 0, kOp,
+                  ": query heads H must be a multiple of key/value heads G, got H = ", H, " and G = ", G);
+  STD_TORCH_CHECK(S == 0 || S >= T, kOp, ": S must be 0 or at least T, got S = ", S, " and T = ", T);
+  if (in.window) arguments.in_range("window", *in.window, 1, INT64_MAX);
+  const ScalarType type = in.query.scalar_type(), stored = in.memory_key.scalar_type();
+  arguments.expect_rows("query", in.query, {B, H, T, D}, type);
+  arguments.expect_rows("memory_query", in.memory_query, {B, H, T, D}, type);
+  arguments.expect_rows("key", in.key, {B, G, S, D}, type);
+  arguments.expect_rows("value", in.value, {B, G, S, D}, type);
+  arguments.expect_rows("memory_key", in.memory_key, {R, G, M, C, D}, stored);
+  arguments.expect_rows("memory_value", in.memory_value, {R, G, M, C, D}, stored);
+  arguments.expect_rows("chunk_ids", in.ids, {B, H, T, K}, ScalarType::Int);
   STD_TORCH_CHECK((in.fusion == "gated") == in.gate.has_value(), kOp, ": fusion=", in.fusion,
                   " does not fit the gate");
-  STD_TORCH_CHECK((p.memory_type == Scalar::e4m3) == in.memory_scale.has_value(), kOp,
+  STD_TORCH_CHECK((stored == ScalarType::Float8_e4m3fn) == in.memory_scale.has_value(), kOp,
                   ": memory_scale and float8_e4m3fn memory belong together");
-  STD_TORCH_CHECK(p.K <= 1 || in.ids.stride(3) == 1, kOp, ": the last axis of chunk_ids must be contiguous");
-  STD_TORCH_CHECK(!in.memory_scale || in.memory_scale->is_contiguous(), kOp,
-                  ": memory_scale must be contiguous");
-  for (int64_t row = 0; p.ring_index && row < p.B; ++row) {
-    const int64_t ring = p.ring_index[row];
-    STD_TORCH_CHECK(ring >= 0 && ring < p.R, kOp, ": ring_index must lie in [0, ", p.R, "), got ", ring);
-  }
+  arguments.expect_packed("memory_scale", in.memory_scale, {R, G, M, 2}, ScalarType::Float);
+  arguments.expect_packed("gate", in.gate, {H}, ScalarType::Float);
+  arguments.expect_packed("alibi_slopes", in.slopes, {H}, ScalarType::Float);
+  arguments.expect("key_mask", in.key_mask, {B, S}, ScalarType::Bool);
+  arguments.expect("dropout_seed", in.dropout_seed, {1}, ScalarType::Long);
+  arguments.expect_ring_index(in.ring_index, B, R);
+  return arguments.copy("ring_index", in.ring_index, 0, R);
 }
 
-MemoryAttentionParams params_of(const Inputs& in) {
+// `rings`: what `check` returned, which lives as long as the result is used.
+MemoryAttentionParams params_of(const Inputs& in, const std::vector<int32_t>& rings) {
   MemoryAttentionParams p{};
   p.query = in.query.const_data_ptr(), p.memory_query = in.memory_query.const_data_ptr();
   p.key = in.key.const_data_ptr(), p.value = in.value.const_data_ptr();
   p.memory_key = in.memory_key.const_data_ptr(), p.memory_value = in.memory_value.const_data_ptr();
   p.ids = static_cast<const int32_t*>(in.ids.const_data_ptr());
-  p.memory_scale = data_of<float>(in.memory_scale), p.ring_index = data_of<int32_t>(in.ring_index);
+  p.memory_scale = data_of<float>(in.memory_scale), p.ring_index = in.ring_index ? rings.data() : nullptr;
   p.gate = data_of<float>(in.gate), p.slopes = data_of<float>(in.slopes);
   p.key_mask = data_of<bool>(in.key_mask), p.dropout_seed = data_of<int64_t>(in.dropout_seed);
   p.B = in.query.size(0), p.H = in.query.size(1), p.T = in.query.size(2), p.D = in.query.size(3);
@@ -105,14 +132,13 @@ MemoryAttentionParams params_of(const Inputs& in) {
   copy_strides(in.memory_key, p.memory_key_stride), copy_strides(in.memory_value, p.memory_value_stride);
   copy_strides(in.ids, p.ids_stride);
   if (in.key_mask) copy_strides(*in.key_mask, p.key_mask_stride);
-  p.window = in.window.value_or(0);
+  p.window = in.window ? std::min(*in.window, std::max<int64_t>(p.S, 1)) : 0;  // a wider one is none
   p.scale = static_cast<float>(in.scale);
   p.causal = in.causal;
   p.dropout_threshold = static_cast<uint32_t>(in.dropout_p * 4294967296.0);
   p.dropout_scale = static_cast<float>(1.0 / (1.0 - in.dropout_p));
   p.type = scalar_of(in.query.scalar_type(), kOp, "query");
   p.memory_type = scalar_of(in.memory_key.scalar_type(), kOp, "memory_key", true);
-  check(in, p);
   return p;
 }
 
@@ -137,7 +163,8 @@ int64_t blocks(const MemoryAttentionParams& p) {
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Results attend(const Inputs& in) {
-  auto p = params_of(in);
+  const auto rings = check(in);
+  auto p = params_of(in, rings);
   const auto empty = [&](std::initializer_list<int64_t> size) {
     return torch::stable::new_empty(in.query, size, ScalarType::Float);
   };
@@ -238,7 +265,16 @@ Results backward(std::optional<Tensor> grad, std::optional<Tensor> local_lse_gra
   const Inputs in{query,        key,          value,      memory_query, memory_key, memory_value,
                   ids,          memory_scale, ring_index, gate,         slopes,     key_mask,
                   dropout_seed, fusion,       scale,      causal,       window,     dropout_p};
-  auto p = params_of(in);
+  const auto rings = check(in);
+  auto p = params_of(in, rings);
+  const Arguments arguments(kOp, query);
+  for (const Tensor* part : {&local_out, &memory_out})
+    arguments.expect_packed("local_out or memory_out", *part, {p.B, p.H, p.T, p.D}, ScalarType::Float);
+  for (const Tensor* lse : {&local_lse, &memory_lse})
+    arguments.expect_packed("local_lse or memory_lse", *lse, {p.B, p.H, p.T}, ScalarType::Float);
+  arguments.expect("grad", grad, {p.B, p.H, p.T, p.D}, query.scalar_type());
+  arguments.expect("local_lse_grad", local_lse_grad, {p.B, p.H, p.T}, ScalarType::Float);
+  arguments.expect("memory_lse_grad", memory_lse_grad, {p.B, p.H, p.T}, ScalarType::Float);
   // Gradients may come expanded or transposed, or not at all.
   if (local_lse_grad) local_lse_grad = torch::stable::contiguous(*local_lse_grad);
   if (memory_lse_grad) memory_lse_grad = torch::stable::contiguous(*memory_lse_grad);

@@ -1,4 +1,4 @@
-// Binds ring_write to PyTorch. Arguments have been checked by longmem_kernels/ring_write/api.py.
+// Binds ring_write to PyTorch.
 #include "ring_write/ring_write.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -8,14 +8,44 @@
 
 #include <optional>
 
+#include "common/arguments.h"
 #include "common/scalar.h"
 #include "common/stream.h"
 
 namespace longmem {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 constexpr const char* kOp = "ring_write";
+constexpr int64_t kMaxChunkSize = 64;  // as in longmem_kernels/ring.py
+
+Arguments check(const Tensor& store, const Tensor& centroid, const Tensor& tail, const Tensor& cursor,
+                const std::optional<Tensor>& scale, const Tensor& key, const Tensor& value,
+                const std::optional<Tensor>& ring_index, const std::optional<Tensor>& mask) {
+  const Arguments arguments(kOp, store);
+  arguments.rank("ring.store", store, 6);
+  arguments.rank("key", key, 4);
+  const int64_t R = store.size(0), G = store.size(1), M = store.size(2), C = store.size(4), D = store.size(5);
+  const int64_t B = key.size(0), T = key.size(2);
+  for (const int64_t size : {R, G, M, D}) arguments.in_range("every size of ring.store", size, 1, INT64_MAX);
+  arguments.in_range("tokens per chunk of ring.store", C, 1, kMaxChunkSize + 1);
+  const ScalarType stored = store.scalar_type();
+  const bool quantised = stored == ScalarType::Float8_e4m3fn;
+  const ScalarType kept = quantised ? ScalarType::BFloat16 : stored;
+  STD_TORCH_CHECK(scale.has_value() == quantised, kOp,
+                  ": ring.scale and a float8_e4m3fn ring.store belong together");
+  arguments.expect_packed("ring.store", store, {R, G, M, 2, C, D}, stored);
+  arguments.expect_packed("ring.centroid", centroid, {R, G, M, D}, kept);
+  arguments.expect_packed("ring.tail", tail, {R, G, 2, C, D}, kept);
+  arguments.expect_packed("ring.cursor", cursor, {R}, ScalarType::Long);
+  arguments.expect_packed("ring.scale", scale, {R, G, M, 2}, ScalarType::Float);
+  arguments.expect_rows("key", key, {B, G, T, D}, key.scalar_type());
+  arguments.expect_rows("value", value, {B, G, T, D}, key.scalar_type());
+  arguments.expect_ring_index(ring_index, B, R);
+  arguments.expect("mask", mask, {B, T}, ScalarType::Bool);
+  return arguments;
+}
 
 RingWriteParams params_of(const Tensor& store, const Tensor& centroid, const Tensor& tail,
                           const Tensor& cursor, const std::optional<Tensor>& scale, const Tensor& key,
@@ -43,12 +73,11 @@ RingWriteParams params_of(const Tensor& store, const Tensor& centroid, const Ten
 
 void run_cpu(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, std::optional<Tensor> scale,
              Tensor key, Tensor value, std::optional<Tensor> ring_index, std::optional<Tensor> mask) {
-  const auto p = params_of(store, centroid, tail, cursor, scale, key, value, ring_index, mask);
+  const Arguments arguments = check(store, centroid, tail, cursor, scale, key, value, ring_index, mask);
+  auto p = params_of(store, centroid, tail, cursor, scale, key, value, ring_index, mask);
   if (p.B * p.T == 0) return;
-  for (int64_t row = 0; row < p.B; ++row) {
-    const int64_t ring = ring_of_row(p, row);
-    STD_TORCH_CHECK(ring >= 0 && ring < p.R, kOp, ": ring_index must lie in [0, ", p.R, "), got ", ring);
-  }
+  const auto rings = arguments.copy("ring_index", ring_index, 0, p.R);
+  if (ring_index) p.ring_index = rings.data();
   ring_write_cpu(p, scalar_of(key.scalar_type(), kOp, "key"),
                  scalar_of(store.scalar_type(), kOp, "ring.store", true));
 }
@@ -56,6 +85,7 @@ void run_cpu(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, std::opt
 #ifdef LONGMEM_CUDA
 void run_cuda(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, std::optional<Tensor> scale,
               Tensor key, Tensor value, std::optional<Tensor> ring_index, std::optional<Tensor> mask) {
+  check(store, centroid, tail, cursor, scale, key, value, ring_index, mask);
   const auto p = params_of(store, centroid, tail, cursor, scale, key, value, ring_index, mask);
   if (p.B * p.T == 0) return;
   const int32_t device = store.get_device_index();

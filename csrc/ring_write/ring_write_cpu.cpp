@@ -63,6 +63,8 @@ bool is_kept(const RingWriteParams& p, int64_t row, int64_t token) {
   return p.mask == nullptr || p.mask[row * p.mask_stride[0] + token * p.mask_stride[1]];
 }
 
+// Reads the mask twice. Should it say more tokens the second time, the surplus is dropped; should it say
+// fewer, the call's first token stands in: nothing else is read or written, whoever changes it meanwhile.
 Plan plan_of(const RingWriteParams& p) {
   Plan plan;
   std::vector<int64_t> tokens(p.R, 0);
@@ -75,7 +77,10 @@ Plan plan_of(const RingWriteParams& p) {
   plan.sources.resize(p.B * p.T);
   Source* source = plan.sources.data();
   for (int64_t r = 0; r < p.R; ++r) {
-    const int64_t begin = p.cursor[r], end = begin + tokens[r], closed = end / p.C;
+    const int64_t begin = p.cursor[r];
+    STD_TORCH_CHECK(begin >= 0 && begin < kMaxCursor - tokens[r],
+                    "ring_write: ring.cursor must lie in [0, 2^48), also after the call, got ", begin);
+    const int64_t end = begin + tokens[r], closed = end / p.C;
     const int64_t first = std::max(begin / p.C, closed - p.M);
     plan.rings.push_back({begin, end, first, closed, source, plan.tasks});
     plan.tasks += plan.rings.back().tasks() * p.G;
@@ -83,8 +88,10 @@ Plan plan_of(const RingWriteParams& p) {
     source += tokens[r];
   }
   for (int64_t row = 0; row < p.B; ++row) {
-    Source*& to = next[ring_of_row(p, row)];
-    for (int64_t t = 0; t < p.T; ++t) {
+    const int64_t ring = ring_of_row(p, row);
+    const Source* const stop = plan.rings[ring].source + tokens[ring];
+    Source*& to = next[ring];
+    for (int64_t t = 0; t < p.T && to < stop; ++t) {
       if (is_kept(p, row, t)) *to++ = {row, t};
     }
   }

@@ -4,6 +4,9 @@
 // Every block settles for itself what the call gives its ring. The cursor's lower 48 bits are the cursor,
 // which all blocks of the ring must have read before it moves; its upper bits count the blocks that are done,
 // and the last of them stores the new cursor, with a count of zero.
+//
+// Whatever cursor, mask and ring_index hold, and if they change meanwhile, nothing outside of the ring and
+// the input is read or written: the cursor is taken modulo 2^48, rows of rings that do not exist are dropped.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -24,7 +27,7 @@ constexpr int kUnroll = 4;       // tokens that a thread loads before it uses th
 constexpr int kMaxThreads = 128;
 constexpr int kBlocksPerSM = 5;  // wanted: 96 registers a thread, and enough loads in flight
 constexpr int kWide = 8;  // elements of one access where everything is aligned: 16 bytes of 16-bit input
-constexpr int kCursorBits = 48;
+constexpr unsigned long long kCursorMask = (1ull << kCursorBits) - 1;
 constexpr int64_t kMaxTokens = 1 << 30;  // so that they are counted in 32 bits
 constexpr int64_t kMaxBlocks = 65535;    // of a ring, all heads together: what the upper bits can count
 
@@ -119,6 +122,9 @@ class Stream {
       for (int n = from + threadIdx.x; n < to; n += blockDim.x) source[n - from] = at(ring_, head, n);
       return;
     }
+    // Should the mask no longer say what it said, a token of the input stands in for what it no longer gives.
+    for (int n = threadIdx.x; n < to - from; n += blockDim.x) source[n] = at(0, head, 0);
+    __syncthreads();
     const int last = share_begin(threadIdx.x + 1);
     int n = before_;
     for (int piece = share_begin(threadIdx.x); piece < last && n < to; ++piece) {
@@ -304,7 +310,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   const int block = blockIdx.x % layout.blocks, C = static_cast<int>(p.C), tile = layout.tile;
   const int64_t ring = blockIdx.x / layout.blocks, head = blockIdx.y;
   auto* cursor = reinterpret_cast<volatile unsigned long long*>(p.cursor + ring);
-  if (threadIdx.x == 0) shared_begin = static_cast<int64_t>(*cursor & ((1ull << kCursorBits) - 1));
+  if (threadIdx.x == 0) shared_begin = static_cast<int64_t>(*cursor & kCursorMask);
   const Stream stream(p, ring);
   if (stream.size() == 0) return;  // all blocks of the ring leave here, and its cursor stays
   __syncthreads();
@@ -330,7 +336,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
     const unsigned long long arrived =
         atomicAdd(const_cast<unsigned long long*>(cursor), 1ull << kCursorBits);
     if (arrived >> kCursorBits == layout.blocks * gridDim.y - 1)
-      *cursor = static_cast<unsigned long long>(shared_begin + stream.size());
+      *cursor = static_cast<unsigned long long>(shared_begin + stream.size()) & kCursorMask;
   }
 }
 
@@ -394,6 +400,7 @@ void launch(const RingWriteParams& p, Scalar storage, cudaStream_t stream) {
 
 const char* ring_write_cuda(const RingWriteParams& p, Scalar input, Scalar storage, void* stream) {
   // Said before anything has changed.
+  if (p.C > kTileTokens) return "too many tokens in a chunk";
   if (p.G > kMaxBlocks || p.R > INT32_MAX) return "too many rings or heads for one launch";
   if (p.B * p.T > kMaxTokens) return "too many tokens for one launch";
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);

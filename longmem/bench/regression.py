@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from longmem.files import check_fields, load_json, save_text
 from longmem_kernels.info import report
 
 from .measure import Case, Unavailable
@@ -35,6 +36,7 @@ from .shapes import Shape
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "regression.json"
 MARGIN = 0.5  # of a stored ratio: less is slower
+_KINDS = ("ratios", "instructions")
 ALLOWANCE = 0.02  # more instructions than stored: more is slower
 _OURS = "longmem cpp"
 _REPEATS = 3  # of a ratio that is stored
@@ -74,8 +76,22 @@ COUNTED = {
 
 def stored(kind: str, key: str) -> dict[str, float]:
     """The stored "ratios" of an instruction set, or "instructions" of a compiler; empty when there are none."""
-    found: dict[str, float] = json.loads(STORED.read_text()).get(kind, {}).get(key, {}) if STORED.exists() else {}
+    found: dict[str, float] = _all_stored().get(kind, {}).get(key, {})
     return found
+
+
+def _all_stored() -> dict[str, Any]:
+    """Raises ValueError where the file is damaged."""
+    if not STORED.exists():
+        return {}
+    what = f"stored measurements: {STORED}"
+    content = load_json(STORED, "stored measurements")
+    check_fields(what, content, dict.fromkeys(_KINDS, dict), optional=_KINDS)
+    for kind in content:
+        check_fields(what, content[kind], dict.fromkeys(content[kind], dict))
+        for key, numbers in content[kind].items():
+            check_fields(f"{what}, {key}", numbers, dict.fromkeys(numbers, float))
+    return content
 
 
 def simd() -> str:
@@ -179,16 +195,16 @@ def _run_counted() -> None:
         control("-d", op)
 
 
-def update(kinds: tuple[str, ...] = ("ratios", "instructions")) -> dict[str, Any]:
+def update(kinds: tuple[str, ...] = _KINDS) -> dict[str, Any]:
     """Measure and store what can be measured here; what is stored for other instruction sets and compilers stays."""
-    content: dict[str, Any] = json.loads(STORED.read_text()) if STORED.exists() else {}
+    content = _all_stored()
     if "ratios" in kinds:
         # Load makes eager PyTorch, which allocates more, seem slower than it is: the least of several ratios is right.
         found = {case.name: round(min(ratio(case) for _ in range(_REPEATS)), 3) for case in RATIOS}
         content.setdefault("ratios", {})[simd()] = found
     if "instructions" in kinds:
         content.setdefault("instructions", {})[compiler()] = instructions()
-    STORED.write_text(json.dumps(content, indent=1) + "\n")
+    save_text(STORED, json.dumps(content, indent=1) + "\n")
     return content
 
 

@@ -6,17 +6,19 @@ import datetime
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longmem.files import check_fields, fields_of, load_json, save_text
+
 from . import environment
 from .measure import Row
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-_FIELDS = {field.name for field in fields(Row)}
+_MACHINE = {"device": str, "threads": str, "commit": str}
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,16 @@ class Result:
         if not path.exists():
             raise ValueError(f"{path} does not exist: nothing was timed, or the benchmarks did not run")
         try:
-            content = json.loads(path.read_text())
-            if "rows" in content:
-                return cls(content["machine"], content["date"], [_row(row) for row in content["rows"]])
-            rows = [_row(benchmark["extra_info"]) for benchmark in content["benchmarks"]]
-            rows += [_row(row) for row in content["not_timed"]]
-            return cls(content["machine_info"]["longmem"], content["datetime"][:10], rows)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            content = check_fields("it", load_json(path, "benchmark result"), {}, others=True)
+            if "rows" not in content:
+                content = _of_pytest(content)
+            check_fields("it", content, {"machine": dict, "date": str, "rows": [dict]}, others=True)
+            machine = check_fields("its machine", content["machine"], _MACHINE, others=True)
+            return cls(machine, content["date"], [_row(row) for row in content["rows"]])
+        except ValueError as error:
             raise ValueError(
                 f"{path} holds no benchmark result: wanted what `longmem bench --json` or `pytest benchmarks/"
-                f" --benchmark-json` writes ({type(error).__name__}: {error})"
+                f" --benchmark-json` writes ({error})"
             ) from None
 
     @property
@@ -61,9 +63,8 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {"machine": self.machine, "date": self.date, "rows": [_compact(row) for row in self.rows]}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        save_text(path, json.dumps(content, indent=1) + "\n")
         return path
 
     def keep(self, folder: Path = RESULTS) -> Path:
@@ -84,11 +85,17 @@ class Result:
         return " | ".join(f"{name} {value}" for name, value in self.machine.items()) + f" | {self.date}"
 
 
+def _of_pytest(content: dict[str, Any]) -> dict[str, Any]:
+    """What pytest-benchmark wrote, under the names that `Result.save` gives."""
+    wanted = {"benchmarks": [dict], "not_timed": [dict], "machine_info": dict, "datetime": str}
+    check_fields("it", content, wanted, others=True)
+    rows = [benchmark.get("extra_info") for benchmark in content["benchmarks"]] + content["not_timed"]
+    return {"machine": content["machine_info"].get("longmem"), "date": content["datetime"][:10], "rows": rows}
+
+
 def _row(values: dict[str, Any]) -> Row:
-    unknown = set(values) - _FIELDS
-    if unknown:
-        raise KeyError(f"unknown fields {', '.join(sorted(unknown))}")
-    return Row(**values)
+    wanted, optional = fields_of(Row)
+    return Row(**check_fields("a row", values, wanted, optional=optional))
 
 
 def _compact(row: Row) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from torch import Tensor
 from longmem.data.documents import Document, Skipped, TextFile, nothing_left
 from longmem.data.sources import Unreadable
 from longmem.data.tokens import tokenize_texts
+from longmem.files import Whole, check_fields, show
 
+_STATE = {"shape": dict, "epoch": Whole(), "taken": Whole(), "lane_document": [Whole(-1)], "lane_offset": [Whole()]}
 IGNORE = -100  # what torch's cross entropy leaves out
 IDS = (torch.int32, torch.int64)  # what documents may be; int32 is kept, int64 is what models take
 
@@ -182,15 +184,27 @@ class SegmentStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to a saved state. Raises ValueError, naming what differs, where it is that of a stream over other
-        documents or with other settings."""
+        documents or with other settings, or none."""
+        what = "SegmentStream.load_state_dict: the state"
+        check_fields(what, state, _STATE)
         wanted, got = self._shape(), state["shape"]
         different = [
-            f"{key}: wanted {value}, got {got.get(key)}" for key, value in wanted.items() if value != got.get(key)
+            f"{key}: wanted {value}, got {show(got.get(key))}" for key, value in wanted.items() if value != got.get(key)
         ]
         if different:
             raise ValueError(f"SegmentStream.load_state_dict: the state is another stream's ({'; '.join(different)})")
+        documents, offsets = state["lane_document"], state["lane_offset"]
+        if not len(documents) == len(offsets) == self.rows or not all(map(self._is_place, documents, offsets)):
+            raise ValueError(
+                f"{what} must have places in documents for {self.rows} rows, got documents {documents} and tokens"
+                f" {offsets}"
+            )
         self._epoch, self._taken = state["epoch"], state["taken"]
         self._lane_document, self._lane_offset = list(state["lane_document"]), list(state["lane_offset"])
+
+    def _is_place(self, document: int, offset: int) -> bool:
+        """Whether a lane may be there; -1 is no document."""
+        return document < 0 or (document < len(self.documents) and offset <= self._lengths[document])
 
     def _shape(self) -> dict[str, Any]:
         return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longmem.backbones.layers import DecoderLayer
+from longmem.files import naming
 
 from .model import OfficialConfig, OfficialLongMem
 
@@ -21,6 +21,7 @@ _ALIASES = {
     f"{_GPT}transformer.wte.weight": "decoder.embed_tokens.weight",
     "decoder.output_projection.weight": f"{_GPT}lm_head.weight",
 }
+_NAMED = 10  # of what is wrong
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
 
 
@@ -40,7 +41,7 @@ def load_official(
 
     Raises:
         ValueError: parameters that are missing, not of this model, of another shape, or given twice with different
-            values, all in one message; a file that cannot be read safely.
+            values, the first ten in one message; a file that cannot be read safely.
     """
     if not isinstance(config, OfficialConfig):
         config = OfficialConfig.from_dict(config)
@@ -49,7 +50,7 @@ def load_official(
     wanted = official_parameters(model)
     wrong = []
     for alias, name in _ALIASES.items():
-        if alias in given and not torch.equal(given[alias], given.setdefault(name, given[alias])):
+        if alias in given and not _equal(given[alias], given.setdefault(name, given[alias])):
             wrong.append(f"differs from {name}, whose other name it is: {alias}")
     wrong += [f"missing: {name} {tuple(p.shape)}" for name, p in wanted.items() if name not in given]
     wrong += [f"not of this model: {name}" for name in given if name not in wanted and name not in _ALIASES]
@@ -58,11 +59,18 @@ def load_official(
             got, shape = tuple(given[name].shape), tuple(wanted[name].shape)
             wrong.append(f"wrong shape: {name} must be {shape}, got {got}")
     if wrong:
-        raise ValueError("load_official: the parameters do not fit the configuration:\n  " + "\n  ".join(sorted(wrong)))
+        file = f"{state}: " if isinstance(state, (str, Path)) else ""
+        more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        listed = "; ".join(sorted(wrong)[:_NAMED]) + more
+        raise ValueError(f"{file}load_official: the parameters do not fit the configuration: {listed}")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(given[name])
     return model
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.float(), b.float())
 
 
 def official_state(model: OfficialLongMem) -> dict[str, Tensor]:
@@ -111,24 +119,32 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # of any type: a damaged file is a program for the unpickler that goes wrong anywhere
         # Of PyTorch's long message, which also advises to run the code, only what the file asked for.
         asked = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
         reason = asked[0] if asked else "it is damaged, or no file of PyTorch's"
         raise ValueError(f"load_official: {path} was not read: {reason}") from None
-    if not isinstance(content, Mapping):
-        raise ValueError(f"load_official: {path} holds no dictionary of parameters, but {type(content).__name__}")
-    return _unwrap(content)
+    with naming(str(path)):
+        return _unwrap(content)
 
 
-def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _unwrap(state: Any) -> dict[str, Tensor]:
     """Parameters out of the wrapper, if there is one, without the buffers of the published modules."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"load_official: wanted a dictionary of parameters, got {type(state).__name__}")
     inner = state["model"] if isinstance(state.get("model"), Mapping) else state
-    tensors = {name: value for name, value in inner.items() if not _is_buffer(name)}
-    strange = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    tensors = {name: value for name, value in inner.items() if not (isinstance(name, str) and _is_buffer(name))}
+    strange = [name for name, value in tensors.items() if not (isinstance(name, str) and _is_parameter(value))]
     if strange or not tensors:
-        raise ValueError(f"load_official: wanted a dictionary of parameters, got {', '.join(strange) or 'nothing'}")
+        named = ", ".join(map(repr, strange[:3])) + (f" and {len(strange) - 3} more" if len(strange) > 3 else "")
+        raise ValueError(f"load_official: wanted a dictionary of parameters, got {named or 'nothing'}")
     return tensors
+
+
+def _is_parameter(value: Any) -> bool:
+    """Whether it is numbers in memory: a file may also hold tensors that are sparse, of integers, or empty shells."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
+    return dense and value.is_floating_point()
 
 
 def _is_buffer(name: str) -> bool:

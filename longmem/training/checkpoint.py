@@ -7,20 +7,31 @@ import os
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from longmem.files import load_tensors, save_tensors
+from longmem.files import (
+    Whole,
+    check_fields,
+    check_tensors,
+    load_json,
+    load_tensors,
+    save_tensors,
+    save_text,
+    short,
+    show,
+)
 
 from .processes import Processes
 
 _KIND = "longmem checkpoint"
+_HEADER = {"step": Whole(), "identity": dict}
 _OPTIONAL = ("cuda_rng",)  # a run may have begun where there was no GPU
 _FOLDERS = "checkpoint-????????"
 
@@ -74,43 +85,28 @@ class Checkpoints:
         """Replaces the checkpoint. Raises OSError where it cannot be written; the one before is intact then."""
         if not self.processes.distributed:
             about = {"step": step, "identity": self.identity, **content.about}
-            try:
-                save_tensors(self.file, content.common | content.own, _KIND, about)
-            except SafetensorError as error:  # what safetensors makes of an OSError
-                raise OSError(f"{self.file}: {' '.join(str(error).split())}") from None
+            save_tensors(self.file, content.common | content.own, _KIND, about)
             return
         target = self.folder / f"checkpoint-{step:08d}"
         unfinished = target.with_name(target.name + ".part")
         try:
-            self._together(lambda: self._begin(unfinished, step))
-            self._together(lambda: self._write(unfinished, content))
-            self._together(lambda: self._replace(unfinished, target))
-        except OSError:
+            for part in (self._begin, self._write, self._replace):
+                self.processes.together(partial(part, unfinished, target, step, content), OSError, str(target))
+        except BaseException:
             if self.processes.first:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
 
-    def _together(self, write: Callable[[], None]) -> None:
-        """Processes fail together: what stops one would leave the others waiting for it."""
-        problem = None
-        try:
-            write()
-        except OSError as error:
-            problem = error
-        except (RuntimeError, CheckpointException) as error:  # what torch.distributed.checkpoint makes of it
-            problem = OSError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        self.processes.agree(problem)
-
-    def _begin(self, unfinished: Path, step: int) -> None:
+    def _begin(self, unfinished: Path, target: Path, step: int, content: Content) -> None:
         if self.processes.first:
             unfinished.mkdir()
-            (unfinished / "about.json").write_text(json.dumps({"step": step, "identity": self.identity}))
+            save_text(unfinished / "about.json", json.dumps({"step": step, "identity": self.identity}))
 
-    def _write(self, unfinished: Path, content: Content) -> None:
-        dcp.save(self._named(content), checkpoint_id=unfinished)
-        (unfinished / f"process-{self.processes.rank}.json").write_text(json.dumps(content.about))
+    def _write(self, unfinished: Path, target: Path, step: int, content: Content) -> None:
+        _write_tensors(unfinished, self._named(content))
+        save_text(unfinished / f"process-{self.processes.rank}.json", json.dumps(content.about))
 
-    def _replace(self, unfinished: Path, target: Path) -> None:
+    def _replace(self, unfinished: Path, target: Path, step: int, content: Content) -> None:
         if self.processes.first:
             before = self._folders()
             os.rename(unfinished, target)
@@ -136,19 +132,29 @@ class Checkpoints:
         return self._load_folder(Path(newest), content) if newest else None
 
     def _load_file(self, content: Content) -> dict[str, Any]:
-        tensors, about = load_tensors(self.file, _KIND)
+        tensors, about = load_tensors(self.file, _KIND, header=_HEADER | _types_of(content.about))
         self._check(self.file, about)
+        own = {name: tensor for name, tensor in content.own.items() if name in tensors or name not in _OPTIONAL}
+        check_tensors(f"{_KIND}: {self.file}", tensors, content.common, others=True)
+        # A memory in another precision is that of a run that goes on in another one.
+        check_tensors(f"{_KIND}: {self.file}", tensors, own, others=True, any_float=True)
         with torch.no_grad():
-            for name, tensor in (content.common | content.own).items():
-                if name in tensors or name not in _OPTIONAL:
-                    tensor.copy_(tensors[name])
+            for name, tensor in (content.common | own).items():
+                tensor.copy_(tensors[name])
         return about
 
     def _load_folder(self, folder: Path, content: Content) -> dict[str, Any]:
-        common = json.loads((folder / "about.json").read_text())
-        self._check(folder, common)
-        dcp.load(self._named(content), checkpoint_id=folder)
-        own = json.loads((folder / f"process-{self.processes.rank}.json").read_text())
+        common: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+
+        def read_json() -> None:
+            about, mine = folder / "about.json", folder / f"process-{self.processes.rank}.json"
+            common.update(check_fields(f"{_KIND}: {about}", load_json(about, _KIND), _HEADER))
+            self._check(folder, common)
+            own.update(check_fields(f"{_KIND}: {mine}", load_json(mine, _KIND), _types_of(content.about)))
+
+        for part in (read_json, lambda: _read_tensors(folder, self._named(content))):
+            self.processes.together(part, ValueError, f"{_KIND}: {folder} could not be read")
         return {"step": common["step"], **own}
 
     def _named(self, content: Content) -> dict[str, Any]:
@@ -164,11 +170,33 @@ class Checkpoints:
         refused = {name: values for name, values in found.items() if name not in self.changed}
         if not refused:
             return
-        listed = "; ".join(f"{name}: saved {old}, now {new}" for name, (old, new) in refused.items())
+        listed = "; ".join(
+            f"{show(name)[1:-1]}: saved {show(old)}, now {show(new)}" for name, (old, new) in refused.items()
+        )
         remedy = "choose another folder, or remove this one's checkpoint to start anew"
         if refused.keys() <= set(self.may_change(-1)):
             remedy = f"it has made all its {about['step']} steps: with more of them it goes on, and these may change"
         raise ValueError(f"checkpoint: {path} belongs to another run ({listed}); {remedy}")
+
+
+def _types_of(about: dict[str, Any]) -> dict[str, Any]:
+    return {name: type(value) for name, value in about.items()}
+
+
+def _write_tensors(folder: Path, state: dict[str, Any]) -> None:
+    """Raises OSError where torch.distributed.checkpoint, whose errors are of many types, fails."""
+    try:
+        dcp.save(state, checkpoint_id=folder)
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        raise OSError(f"{folder}: {short(error, 300)}") from None
+
+
+def _read_tensors(folder: Path, state: dict[str, Any]) -> None:
+    """Raises ValueError where torch.distributed.checkpoint, whose errors are of many types, fails."""
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        raise ValueError(f"{_KIND}: {folder} is damaged or no whole checkpoint ({short(error)})") from None
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

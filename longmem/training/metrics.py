@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from longmem.files import Whole, check_fields, parse_json, save_text, short
 
 
 class MetricsLog:
@@ -14,7 +15,7 @@ class MetricsLog:
     Lines after `step` go: those steps will be run again.
 
     Raises:
-        ValueError: TensorBoard is asked for and not installed.
+        ValueError: TensorBoard is asked for and not installed, or there is a `metrics.jsonl` that is damaged.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
@@ -40,11 +41,16 @@ class MetricsLog:
 
 
 def _truncate(path: Path, step: int) -> None:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        *lines, _ = path.read_bytes().decode().split("\n")  # what follows the last line's end was cut off by a kill
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"metrics: {path} cannot be read ({short(error)})") from None
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        what = f"metrics: line {number} of {path}"
+        if check_fields(what, parse_json(line, what), {"step": Whole()}, others=True)["step"] <= step:
+            kept.append(line)
+    save_text(path, "".join(line + "\n" for line in kept))
 
 
 def _summary_writer(folder: Path, step: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -57,13 +57,19 @@ class Processes:
         dist.all_reduce(box, op=dist.ReduceOp.MAX)
         return box.item()
 
-    def agree(self, problem: OSError | None) -> None:
-        """Raises in all processes where one of them has a problem: the others would wait for it for ever."""
+    def together(self, action: Callable[[], None], kind: type[Exception], what: str) -> None:
+        """Do something that may raise `kind`, and raise it in all processes where one of them does: the others would
+        wait for it for ever."""
+        problem = None
+        try:
+            action()
+        except kind as error:
+            problem = error
         (failed,) = self.sum([problem is not None])
         if problem is not None:
             raise problem
         if failed:
-            raise OSError(f"{failed:.0f} other process{'es' * (failed > 1)} failed")
+            raise kind(f"{what}: {failed:.0f} other process{'es' * (failed > 1)} failed")
 
     def barrier(self) -> None:
         if self.distributed:

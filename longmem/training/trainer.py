@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from longmem.data.stream import IGNORE, Batch, SegmentStream
+from longmem.files import naming, short
 from longmem.memory import MemoryBank
 from longmem.model import LongMem
 from longmem.precision import autocast, memory_dtype
@@ -277,19 +278,26 @@ class Trainer:
         about: dict[str, Any] | None = self.checkpoints.load(content)
         if about is None:
             return
-        self.memory.load_state_dict(
-            {name.removeprefix("memory."): x for name, x in content.own.items() if name.startswith("memory.")}
-        )
-        self.stream.load_state_dict(about["stream"])
-        torch.set_rng_state(content.own["rng"])
-        if "cuda_rng" in content.own:
-            torch.cuda.set_rng_state(content.own["cuda_rng"])
+        memory = {name.removeprefix("memory."): x for name, x in content.own.items() if name.startswith("memory.")}
+        with naming(f"the checkpoint in {self.folder}"):
+            self.memory.load_state_dict(memory)
+            self.stream.load_state_dict(about["stream"])
+            _set_random_state(content.own)
         self.step, self._found_memory = about["step"], about["found_memory"]
         if self.step > self.config.steps:
             raise ValueError(
                 f"Trainer: the run in {self.folder} has made {self.step} steps already: wanted steps={self.step} or"
                 f" more, got {self.config.steps}"
             )
+
+
+def _set_random_state(own: dict[str, Tensor]) -> None:
+    try:
+        torch.set_rng_state(own["rng"])
+        if "cuda_rng" in own:
+            torch.cuda.set_rng_state(own["cuda_rng"])
+    except RuntimeError as error:
+        raise ValueError(f"its random state is none ({short(error)})") from None
 
 
 def _mean(parts: list[Tensor]) -> float:

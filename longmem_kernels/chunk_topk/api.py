@@ -41,12 +41,15 @@ def chunk_topk(
         query: [B, H, T, D] float32, bfloat16, float16 or float64. T = 0 gives empty results.
         centroid: [R, G, M, D], mean keys of the chunks, H % G == 0; query head h searches head h // (H / G).
         k: K, chunks per query, 1 to 64.
-        count: [R] int32, the first `count[r]` slots of ring r are searched (`Ring.count()`).
+        count: [R] int32 in [0, M], the first `count[r]` slots of ring r are searched (`Ring.count()`).
         ring_index: [B] int32 in [0, R). Left out: row b searches ring b when R == B, ring 0 when R == 1.
         impl: "auto", "triton", "cpp" or "reference".
 
     Returns:
         chunk_ids [B, H, T, K] int32, scores [B, H, T, K] float32 (float64 for float64 inputs).
+
+    Values are checked on CPU, and on CUDA with `debug_checks(True)`. Without, a count counts as the nearest in [0, M],
+    and a row whose ring does not exist finds nothing. Compiled CPU code raises RuntimeError for both.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what was wanted and what came.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ring import rings_of_rows
+
 
 def chunk_topk_reference(
     query: Tensor, centroid: Tensor, count: Tensor, ring_index: Tensor | None, k: int
@@ -15,9 +17,9 @@ def chunk_topk_reference(
     """
     H, (G, M) = query.shape[1], centroid.shape[1:3]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    rows = ring_index.long() if ring_index is not None else None
-    if rows is not None:
-        centroid, count = centroid[rows], count[rows]
+    if ring_index is not None:
+        rows = rings_of_rows(ring_index, centroid.shape[0], query.shape[0], query.device)
+        centroid, count = centroid[rows.clamp(min=0)], torch.where(rows >= 0, count[rows.clamp(min=0)], 0)
     slot = torch.arange(M, device=query.device)
     stored = (slot < count[:, None])[:, None, None, None]  # [R or B, 1, 1, 1, M]
 

@@ -32,6 +32,7 @@ from .triton_search import (
     key_of_score,
     score_of_entry,
     score_of_key,
+    slots_in_use,
 )
 
 MISSING = tl.constexpr(-(2**63))  # a candidate whose key is KEY_MISSING
@@ -85,7 +86,7 @@ def chunk_topk_decide_kernel(
     o_row = pid % row_blocks * BR + tl.arange(0, BR)
     i_g = pid // row_blocks % G
     i_b = pid // row_blocks // G
-    i_r = ring_of_row(p_ring_index, i_b, R)
+    i_r, M = ring_of_row(p_ring_index, i_b, R, M)
     m_row = o_row < rows
     o_k = tl.arange(0, BK)
 
@@ -99,7 +100,7 @@ def chunk_topk_decide_kernel(
 
     # Their chunks.
     o_slot = _number_of(b_group).to(tl.int64)[:, :, None] * GROUP + tl.arange(0, GROUP)
-    m_slot = (b_group != MISSING)[:, :, None] & (o_slot < tl.load(p_count + i_r))
+    m_slot = (b_group != MISSING)[:, :, None] & (o_slot < slots_in_use(p_count, i_r, M))
     o_slot = tl.reshape(o_slot, [BR, BK * GROUP])
     m_slot = tl.reshape(m_slot, [BR, BK * GROUP])
     p_slot = p_centroid + i_r * s_centroid_r + i_g * s_centroid_g + o_slot * s_centroid_m

@@ -168,6 +168,12 @@ def _compact(p_list, K, most, COLUMNS: tl.constexpr, LANES: tl.constexpr, CAPACI
 
 
 @triton.jit
+def slots_in_use(p_count, i_r, M):
+    """Of a ring of M slots."""
+    return tl.minimum(tl.maximum(tl.load(p_count + i_r), 0), M)
+
+
+@triton.jit
 def _search(
     task, p_query, p_centroid, p_count, p_ring_index, p_list, p_group,
     s_query_b, s_query_h, s_query_t, s_centroid_r, s_centroid_g, s_centroid_m,
@@ -184,7 +190,7 @@ def _search(
     i_split = (task // blocks % splits).to(tl.int32)
     i_g = task // blocks // splits % G
     i_b = task // blocks // splits // G
-    i_r = ring_of_row(p_ring_index, i_b, R)
+    i_r, M = ring_of_row(p_ring_index, i_b, R, M)
 
     # A warp has 16 rows of a tile, a thread rows t and t + 8 of them. In this order a thread has queries q and
     # q + BT / 2 of the block, and four threads and their lists follow each other in memory.
@@ -204,7 +210,7 @@ def _search(
     o_i = tl.arange(0, IN_TILE)
     o_first = o_i[None, :, None] * LANES + tl.arange(0, LANES)[None, None, :]
 
-    count = tl.minimum(tl.load(p_count + i_r), M)
+    count = slots_in_use(p_count, i_r, M)
     tiles = count // BM + tl.minimum(count % BM, 1)  # not cdiv: count + BM may pass 2^31
     per_split = tl.cdiv(tiles, splits)
     first_tile = tl.minimum(i_split * per_split, tiles)

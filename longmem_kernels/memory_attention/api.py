@@ -64,8 +64,9 @@ def memory_attention(
             alone: no query sees a local key.
         memory_key, memory_value: [R, G, M, C, D], any strides with a contiguous last axis (`Ring.key`, `Ring.value`).
             Not differentiable: memory comes from a frozen encoder.
-        chunk_ids: [B, H, T, K] int32, slots in [0, M), or -1 for none (`chunk_topk`). On CUDA, ids outside [-1, M) are
-            treated as -1 unless `debug_checks(True)` makes them an error, as they always are on CPU.
+        chunk_ids: [B, H, T, K] int32, slots in [0, M), or -1 for none (`chunk_topk`). On CUDA, ids outside [-1, M), and
+            all ids of a row whose ring does not exist, are treated as -1 unless `debug_checks(True)` makes them an
+            error, as they always are on CPU. Compiled CPU code treats ids so, and raises RuntimeError for rings.
         memory_query: [B, H, T, D], what meets the memory keys; default `query`. With rotary positions memory holds
             unrotated keys, and this is the unrotated query.
         memory_scale: [R, G, M, 2] float32, with float8_e4m3fn memory alone: what the stored keys (0) and values (1) of

@@ -34,6 +34,7 @@ def memory_attention_reference(
     """See `memory_attention`. Arguments as there, already checked, defaults filled in; out, local_lse, memory_lse."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     (B, H, T, _), (_, G, S, _) = query.shape, key.shape
+    chunk_ids = _existing(chunk_ids, ring_index, memory_key.shape[0], memory_key.shape[2])
     scores = query.to(dtype) @ key.to(dtype).repeat_interleave(H // G, 1).mT * scale
     # The queries are the last T of S positions.
     distance = torch.arange(S - T, S, device=query.device)[:, None] - torch.arange(S, device=query.device)
@@ -109,6 +110,14 @@ def _softmax(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     return scores.softmax(-1) * found, lse
 
 
+def _existing(chunk_ids: Tensor, ring_index: Tensor | None, R: int, M: int) -> Tensor:
+    """`chunk_ids`, -1 for those that are no slot of a ring."""
+    exists = (chunk_ids >= 0) & (chunk_ids < M)
+    if ring_index is not None:
+        exists &= ((ring_index >= 0) & (ring_index < R))[:, None, None, None]
+    return torch.where(exists, chunk_ids, -1)
+
+
 def _gather(
     memory: Tensor, scale: Tensor | None, chunk_ids: Tensor, ring_index: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -116,7 +125,7 @@ def _gather(
     B, H, _, _ = chunk_ids.shape
     R, G = memory.shape[:2]
     device = chunk_ids.device
-    ring = rings_of_rows(ring_index, R, B, device)
+    ring = rings_of_rows(ring_index, R, B, device).clamp(min=0)
     head = torch.arange(H, device=device) // (H // G)
     place = (ring[:, None, None, None], head[:, None, None], chunk_ids.clamp(min=0).long())
     chunks = memory[place].to(dtype)

@@ -49,7 +49,7 @@ def memory_attention_memory_kernel(
     i_b = (pid // blocks % B).to(tl.int64)
     i_h = (pid // blocks // B).to(tl.int64)  # slowest: the bank of one head stays in L2 while all its queries read it
     i_g = i_h // (H // G)
-    i_r = ring_of_row(p_ring_index, i_b, R)
+    i_r, M = ring_of_row(p_ring_index, i_b, R, M)
 
     o_t = i_block * BT + tl.arange(0, BT)
     b_query = load_rows(p_query + i_b * s_query_b + i_h * s_query_h, o_t, s_query_t, T, D, BD, True)

@@ -106,7 +106,7 @@ def memory_attention_memory_query_grad_kernel(
     i_b = (pid // blocks % B).to(tl.int64)
     i_h = (pid // blocks // B).to(tl.int64)
     i_g = i_h // (H // G)
-    i_r = ring_of_row(p_ring_index, i_b, R)
+    i_r, M = ring_of_row(p_ring_index, i_b, R, M)
 
     o_t = i_block * BT + tl.arange(0, BT)
     m_t = o_t < T

@@ -106,7 +106,7 @@ def _memory_part(
     i_h = i_row // T % H
     i_b = i_row // T // H
     i_g = i_h // (H // G)
-    i_r = ring_of_row(p_ring_index, i_b, R)
+    i_r, M = ring_of_row(p_ring_index, i_b, R, M)
     if p_scale is not None:
         p_scale += (i_r * G + i_g) * M * 2
 

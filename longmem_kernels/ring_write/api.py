@@ -12,11 +12,12 @@ from .._checks import (
     check_device,
     check_dtype,
     check_last_axis_contiguous,
+    check_range,
     check_ring_index,
     packed,
 )
 from .._dispatch import choose
-from ..ring import MAX_CHUNK_SIZE, Ring, token_dtype
+from ..ring import MAX_CHUNK_SIZE, MAX_CURSOR, Ring, token_dtype
 from .reference import ring_write_reference
 
 
@@ -41,10 +42,13 @@ def ring_write(
         key, value: [B, G, T, D] float32, bfloat16, float16 or float64, rounded to the dtype of `ring.tail`. No gradient
             flows. T = 0 writes nothing.
         ring_index: [B] int32 in [0, R), the ring of each row. Left out: row b writes ring b when R == B, ring 0 when
-            R == 1. On CUDA a row whose ring does not exist is dropped unless `debug_checks(True)` makes it an error, as
-            it always is on CPU.
+            R == 1.
         mask: [B, T] bool, False drops a token (padding).
         impl: "auto", "cuda", "cpp" or "reference".
+
+    Values are checked on CPU, and on CUDA with `debug_checks(True)`. Without, nothing outside of the ring is read or
+    written either: a row whose ring does not exist is dropped; a cursor is taken modulo 2^48, and the content of its
+    ring means nothing. Compiled CPU code raises RuntimeError for both.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what was wanted and what came.
@@ -63,6 +67,7 @@ def ring_write(
     check_device(op, ring.store.device, key=key, value=value, ring_index=ring_index, mask=mask)
     check_last_axis_contiguous(op, key=key, value=value)
     check_ring_index(op, ring_index, sizes)
+    check_range(op, "ring.cursor", ring.cursor, 0, MAX_CURSOR - sizes["B"] * sizes["T"])
     if mask is not None:
         sizes.bind("mask", mask, "B T")
         check_dtype(op, "mask", mask, (torch.bool,))

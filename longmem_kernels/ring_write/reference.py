@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import QUANTISED_DTYPE
-from ..ring import Ring, rings_of_rows
+from ..ring import MAX_CURSOR, Ring, rings_of_rows
 
 
 def ring_write_reference(
@@ -25,14 +25,14 @@ def ring_write_reference(
 
     # Token stream of each ring: kept tokens in row-major order, located by `source[first[r] + n]`.
     ring_of_token = rings_of_rows(ring_index, R, B, device)[:, None].expand(B, T).reshape(-1)
-    if mask is not None:
-        ring_of_token = torch.where(mask.reshape(-1), ring_of_token, R)  # ring R takes what is dropped
+    keep = ring_of_token >= 0 if mask is None else (ring_of_token >= 0) & mask.reshape(-1)
+    ring_of_token = torch.where(keep, ring_of_token, R)  # ring R takes what is dropped
     source = torch.sort(ring_of_token, dim=0, stable=True).indices
     tokens = torch.zeros(R + 1, dtype=torch.int64, device=device).index_add_(
         0, ring_of_token, torch.ones_like(ring_of_token)
     )
     first = (tokens.cumsum(0) - tokens)[:R]
-    begin = ring.cursor.clone()
+    begin = ring.cursor.remainder(MAX_CURSOR)
     end = begin + tokens[:R]
 
     # Chunks closed by this call, newest first, at most one lap of the ring; then the chunk left open.
@@ -59,7 +59,7 @@ def ring_write_reference(
         _put(ring.store, slot, fits, whole)
     _put(ring.centroid, slot, fits, _mean_key(whole))
     ring.tail.copy_(content[:, :, -1])
-    ring.cursor.copy_(end)
+    ring.cursor.copy_(end.remainder(MAX_CURSOR))
 
 
 def quantise(tokens: Tensor) -> tuple[Tensor, Tensor]:
