@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-SIDENETS = ("none", "exact", "paper")
+# Each choice is written once, here: checks, messages and the command line's help take it from these types.
+SideNetKind = Literal["none", "exact", "paper"]
+Trainable = Literal["read", "all"]
+Fusion = Literal["joint", "gated"]
+Scope = Literal["row", "shared"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+SIDENETS: tuple[str, ...] = get_args(SideNetKind)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,64 @@
-"""What the commands share: choosing and loading things, saying what runs, progress bars, reports."""
+"""What the commands share: checking, choosing and loading things, saying what runs, progress bars, reports."""
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from tqdm import tqdm
 
 from longmem_kernels.info import report as kernels_report
 
 from .backbones import Backbone
 from .backbones.load import load_backbone
+from .cli.failures import doing
+from .cli.output import json_text, note
 from .data.documents import CORPORA, Document, named_corpus, read_documents
 from .data.stream import tokenize_documents
 from .evaluate.perplexity import PerplexityReport, perplexity
 from .evaluate.plots import plot_perplexity, plot_recall
 from .evaluate.probe import ProbePlan, ProbeReport, probe_layers
+from .files import replace_file
 from .memory import MemoryBank
 from .model import LongMem
 from .precision import autocast, resolve_precision
 from .states import StateSource
 from .tasks.recall import RecallConfig, RecallReport, run_recall
+from .training.config import TrainConfig
 from .training.trainer import Trainer
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where `folder` cannot be made or written to; makes nothing."""
+    for place in (folder, *folder.absolute().parents):
+        if place.is_dir():
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise ValueError(f"{folder} cannot be written: permission denied, or a read-only file system")
+            return
+        if place.exists():
+            raise ValueError(f"{folder} cannot be a folder: {place} is a file")
+
+
+def check_sources(data: Sequence[str]) -> None:
+    """Raises ValueError naming what of `data` is neither a corpus nor there: before a model is loaded for it."""
+    for name in data:
+        if name in CORPORA or os.path.exists(os.path.expanduser(name)) or glob.glob(os.path.expanduser(name)):
+            continue
+        raise ValueError(f"no file or folder {name}, nor a corpus of that name ({', '.join(CORPORA)})")
+
+
+def check_backbone(name: str) -> None:
+    """Raises ValueError where `name` is a path, and nothing is there; a name of the hub has one slash at most."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not name or (is_path and not os.path.exists(os.path.expanduser(name))):
+        raise ValueError(f"no folder {name!r} with a backbone; wanted smollm2, a folder, or a name of the hub (ORG/NAME)")
 
 
 def choose_device(device: str) -> torch.device:
@@ -40,14 +72,39 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def load_named(backbone: str, device: torch.device) -> tuple[Backbone, Any]:
+    """A backbone and its tokenizer, see `load_backbone`."""
+    with doing(f"loading the backbone {backbone!r}"):
+        return load_backbone(backbone, device)
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """What config.json in `run` says: at least the keys "config" and "backbone".
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    about = run / "config.json"
+    if not about.is_file():
+        raise ValueError(f"no trained LongMem in {run}: config.json is missing (longmem train --out {run} makes one)")
+    try:
+        content = json.loads(about.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{about} is damaged: it is no JSON ({error})") from None
+    kinds = {"backbone": str, "config": dict}
+    for key, kind in kinds.items():
+        found = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(found, kind):
+            raise ValueError(f"{about} is damaged: wanted {key!r}, a {kind.__name__}, got {found!r}")
+    return content
+
+
 def load_run(run: Path, device: str, **changes: Any) -> tuple[LongMem, Any]:
     """The model in `run`, and its tokenizer. `changes`: see `LongMem.from_pretrained`; None changes nothing."""
-    about = run / "config.json"
-    if not about.exists():
-        raise ValueError(f"no trained LongMem in {run}: config.json is missing (longmem train --out {run} makes one)")
-    backbone, tokenizer = load_backbone(json.loads(about.read_text())["backbone"], choose_device(device))
+    backbone, tokenizer = load_named(read_run(run)["backbone"], choose_device(device))
     changes = {name: value for name, value in changes.items() if value is not None}
-    return LongMem.from_pretrained(run, backbone, **changes), tokenizer
+    with doing(f"loading the run {run}"):
+        return LongMem.from_pretrained(run, backbone, **changes), tokenizer
 
 
 def load_documents(
@@ -62,12 +119,12 @@ def load_documents(
         found, skipped = read_documents([name])
         documents += found
         for item in skipped:
-            typer.echo(f"skipped {item.name}: {item.reason}", err=True)
+            note(f"skipped {item.name}: {item.reason}")
     tokens, skipped = tokenize_documents(documents, tokenizer, min_tokens)
     for item in skipped:
-        typer.echo(f"skipped {item.name}: {item.reason}", err=True)
+        note(f"skipped {item.name}: {item.reason}")
     tokens = [ids[:cut] for ids in tokens]
-    typer.echo(f"{split}: {len(tokens)} documents, {sum(map(len, tokens)):,} tokens", err=True)
+    note(f"{split}: {len(tokens)} documents, {sum(map(len, tokens)):,} tokens")
     return tokens
 
 
@@ -99,17 +156,16 @@ def announce(model: LongMem, precision: str) -> None:
     info = kernels_report()
     kernels = ", ".join(f"{op}: {entry['auto'][device.type]}" for op, entry in info["ops"].items())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else info["devices"]["cpu"]["model"]
-    typer.echo(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; kernels: {kernels}", err=True)
-    typer.echo(
+    note(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; kernels: {kernels}")
+    note(
         f"backbone {model.backbone.name}: {total:,} frozen parameters; {trainable:,} trained"
-        f" ({trainable / total:.2%}); matrix products in {resolve_precision(precision, device)}",
-        err=True,
+        f" ({trainable / total:.2%}); matrix products in {resolve_precision(precision, device)}"
     )
 
 
 def train_with_bar(trainer: Trainer) -> None:
     if trainer.step:
-        typer.echo(f"continuing from step {trainer.step}", err=True)
+        note(f"continuing from step {trainer.step}")
     with tqdm(total=trainer.config.steps, initial=trainer.step, desc="train", unit="step") as bar:
 
         def report(metrics: dict[str, float]) -> None:
@@ -168,7 +224,7 @@ def save_report(report: PerplexityReport, folder: Path, title: str, **about: Any
     content = {"tokens": report.tokens, "scores": scores, "differences": differences, **about}
     (folder / "perplexity.json").write_text(json.dumps(content, indent=2) + "\n")
     plot_perplexity(report, folder / "perplexity.png", f"{title}; {report.tokens:,} held-out tokens")
-    typer.echo(f"wrote {folder}/perplexity.json and {folder}/perplexity.png", err=True)
+    note(f"wrote {folder}/perplexity.json and {folder}/perplexity.png")
 
 
 def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) -> RecallReport:
@@ -192,7 +248,7 @@ def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) ->
     }
     (folder / "recall.json").write_text(json.dumps(content, indent=2) + "\n")
     plot_recall(found, folder / "recall.png", f"Associative recall, {config.capacity:,} tokens of memory")
-    typer.echo(f"wrote {folder}/recall.json and {folder}/recall.png", err=True)
+    note(f"wrote {folder}/recall.json and {folder}/recall.png")
     return found
 
 
@@ -219,5 +275,5 @@ def probe_with_bars(
         report = probe_layers(backbone, candidates, training, held_out, plan, encoded=encoding.update, progress=told)
     about = {"backbone": backbone.name, "train": asdict(plan.train), "config": plan.config.to_dict()}
     (plan.folder / "probe.json").write_text(json.dumps(report.as_dict() | about, indent=2) + "\n")
-    typer.echo(f"wrote {plan.folder}/probe.json", err=True)
+    note(f"wrote {plan.folder}/probe.json")
     return report

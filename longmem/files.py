@@ -47,3 +47,16 @@ def load_tensors(
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header)  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{kind}: {path} is no whole safetensors file ({error})") from None
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Write a small file. `path` holds the old content or the new, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

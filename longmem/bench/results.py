@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from longmem.files import replace_file
+
 from . import environment
 from .measure import Row
 
@@ -61,10 +63,13 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": self.machine, "date": self.date, "rows": [_compact(row) for row in self.rows]}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        replace_file(path, f"{self.text()}\n".encode())
         return path
+
+    def text(self) -> str:
+        """What `save` writes: JSON."""
+        content = {"machine": self.machine, "date": self.date, "rows": [_compact(row) for row in self.rows]}
+        return json.dumps(content, indent=1)
 
     def keep(self, folder: Path = RESULTS) -> Path:
         """Save under the device's and the commit's name.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from longmem.precision import PRECISIONS
+from longmem.config import PRECISIONS
 
-PARALLEL = ("ddp", "fsdp")
-RESETS = ("document", "never")
+Parallel = Literal["ddp", "fsdp"]
+Reset = Literal["document", "never"]
+
+PARALLEL: tuple[str, ...] = get_args(Parallel)
+RESETS: tuple[str, ...] = get_args(Reset)
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,11 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "head_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"TrainConfig: {name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"TrainConfig: {name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "usage_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"TrainConfig: {name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"TrainConfig: {name} must not be negative, and finite, got {getattr(self, name)}")
         if not 0 < self.usage_target < 1:
             raise ValueError(f"TrainConfig: usage_target must lie in (0, 1), got {self.usage_target}")
         for name, allowed in (("precision", PRECISIONS), ("parallel", PARALLEL), ("reset", RESETS)):

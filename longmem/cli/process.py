@@ -1,0 +1,103 @@
+"""What a command sets for its process before PyTorch is loaded: threads, memory, signals, warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+
+from .output import note
+
+# <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT, _FROM_HEAP = 2**31 - 1, 2**30  # bytes; mallopt takes an int
+_ALLOCATOR_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+_SIGNALS = ("SIGTERM", "SIGHUP")
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end. No Exception: nothing but the end of a command should catch it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def prepared_process() -> Iterator[None]:
+    """Quiet threads and reused memory, for the rest of the process; signals and warnings as a command wants them."""
+    quiet_threads()
+    reuse_memory()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    with _stopping_signals(), _plain_warnings():
+        yield
+
+
+def quiet_threads() -> None:
+    """Let OpenMP threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise.
+
+    Waiting threads spin by default, and take the processor from whoever else works: another process, or the thread pool
+    of FAISS. The OpenMP runtime reads the variable when PyTorch loads it: afterwards this has no effect.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def reuse_memory() -> bool:
+    """Let glibc keep freed buffers of up to 1 GiB for the next allocation instead of returning them to the system.
+
+    A training step allocates the same activations again and again; by default glibc maps the larger ones anew each
+    time, and the system zeroes every page of them again. Nothing is changed where the environment sets the allocator,
+    or another one is loaded. Returns whether it was done.
+    """
+    chosen = any(name in os.environ for name in _ALLOCATOR_SETTINGS) or "malloc" in os.environ.get("LD_PRELOAD", "")
+    if chosen or not _is_glibc():
+        return False
+    libc = ctypes.CDLL(None)
+    done = libc.mallopt(_M_MMAP_THRESHOLD, _FROM_HEAP) and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+    return bool(done)
+
+
+def _is_glibc() -> bool:
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
+@contextlib.contextmanager
+def _stopping_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `Stopped`, so that a command ends as after Ctrl-C; ignored ones stay ignored."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = {}
+    for name in _SIGNALS:
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line each, without the line of code that gave them."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        with contextlib.suppress(OSError):
+            note(f"warning: {' '.join(str(message).split())}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
