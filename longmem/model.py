@@ -183,6 +183,7 @@ class LongMem(nn.Module):
         pad: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         repetition_penalty: float = 1.0,
         generator: torch.Generator | None = None,
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -198,9 +199,10 @@ class LongMem(nn.Module):
             mask: [B, n], zero (False) at padding, which must be on the left: it is neither seen, nor stored, nor
                 counted. A tokenizer's attention mask, with `padding_side="left"`.
             eos: the token, or tokens, that end a row. From then on it yields `pad` (default: the smallest of `eos`),
-                and generation ends when all rows have.
+                and generation ends when all rows have. A model's own: `longmem.text.stop_tokens`.
             temperature: 0 takes the most likely token; otherwise samples from the logits divided by it.
             top_p: samples from the smallest set of tokens whose probability reaches it.
+            top_k: samples from so many most likely tokens; 0: from all.
             repetition_penalty: divides the positive and multiplies the negative logits of tokens that the row has had
                 already (Keskar et al. 2019); 1 changes nothing.
             logits_processor: `(ids [B, n + generated], logits [B, vocabulary]) -> logits`, after the penalty and before
@@ -217,7 +219,7 @@ class LongMem(nn.Module):
                 f" {max_new_tokens}"
             )
         self._check(tokens[:, : self.config.segment], memory)
-        sampler = Sampler(temperature, top_p, repetition_penalty, generator, logits_processor)
+        sampler = Sampler(temperature, top_p, top_k, repetition_penalty, generator, logits_processor)
         return decode(self, tokens, memory, mask, max_new_tokens, sampler, Stop.at(eos, pad, stopping_criteria))
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
