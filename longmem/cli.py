@@ -23,6 +23,7 @@ from .console import (
     recall_with_bar,
     remember_with_bar,
     save_report,
+    show_text,
     split_documents,
     train_with_bar,
 )
@@ -34,6 +35,7 @@ from .model import LongMem
 from .quickstart import run_quickstart
 from .states import StateCache, encode_now
 from .tasks.recall import QUICK, RecallConfig
+from .text import generate_text, sampling_options, stop_tokens
 from .training.config import TrainConfig
 from .training.processes import process_group, quiet
 from .training.trainer import Trainer
@@ -45,6 +47,17 @@ app.add_typer(profile_app, name="profile")
 Data = Annotated[
     list[str], typer.Option("--data", help=f"Files, folders or globs (.txt .jsonl .parquet), or {', '.join(CORPORA)}.")
 ]
+SPECIAL_TOKENS = "auto: texts begin with the special tokens (BOS) that the model's tokenizer puts there. none: without."
+BACKBONE = "smollm2, a folder or hub name of a transformers model, or a GGUF file."
+Backbone = Annotated[str, typer.Option(help=BACKBONE)]
+OwnBackbone = Annotated[
+    str | None, typer.Option("--backbone", help=f"Where the run's own backbone is, if it moved: {BACKBONE}")
+]
+SpecialTokens = Annotated[str, typer.Option(help=SPECIAL_TOKENS)]
+OwnSpecialTokens = Annotated[
+    str | None, typer.Option("--special-tokens", help=f"{SPECIAL_TOKENS} Default: as trained.")
+]
+SAMPLING = "Default: as the model's generation configuration says, else"
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Precision = Annotated[str, typer.Option(help="Of matrix products: auto, float32 or bfloat16.")]
 
@@ -53,9 +66,7 @@ Precision = Annotated[str, typer.Option(help="Of matrix products: auto, float32 
 def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="Run folder; an interrupted run in it is continued.")],
-    backbone: Annotated[
-        str, typer.Option(help="smollm2, or a folder or hub name of a transformers model.")
-    ] = "smollm2",
+    backbone: Backbone = "smollm2",
     memory_layers: Annotated[
         list[int] | None,
         typer.Option(
@@ -100,6 +111,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log there too, in OUT/tensorboard.")] = False,
     seed: int = TrainConfig.seed,
     document_tokens: Annotated[int | None, typer.Option(help="Cut documents after this many tokens.")] = None,
+    special_tokens: SpecialTokens = LongMemConfig.special_tokens,
     cache_states: Annotated[
         bool, typer.Option(help="Keep the backbone's states on disk, for repeated epochs.")
     ] = False,
@@ -147,10 +159,18 @@ def train(
                 memory_tokens=memory_tokens,
                 segment=segment,
                 scope=scope,
+                special_tokens=special_tokens,
             ),
         )
         documents = processes.share_of(
-            load_documents(data, "train", tokenizer, min_tokens=segment + 1, cut=document_tokens)
+            load_documents(
+                data,
+                "train",
+                tokenizer,
+                min_tokens=segment + 1,
+                cut=document_tokens,
+                special_tokens=special_tokens,
+            )
         )
         announce(model, precision)
         cache = StateCache(model, documents, out / "states", precision=precision) if cache_states else None
@@ -163,9 +183,7 @@ def train(
 def probe(
     data: Data,
     out: Annotated[Path, typer.Option(help="Where states, runs and probe.json go; what is there is not done again.")],
-    backbone: Annotated[
-        str, typer.Option(help="smollm2, or a folder or hub name of a transformers model.")
-    ] = "smollm2",
+    backbone: Backbone = "smollm2",
     layers: Annotated[
         list[int] | None, typer.Option("--layer", help="Candidate, may be repeated; default: ten, evenly spread.")
     ] = None,
@@ -180,6 +198,7 @@ def probe(
     held_out: Annotated[int, typer.Option(help="Documents measured on: of files the last ones.")] = 3,
     score_from: Annotated[int, typer.Option(help="Tokens of each that fill the memory before scoring.")] = 4096,
     document_tokens: Annotated[int, typer.Option(help="Tokens of each held-out document used.")] = 8192,
+    special_tokens: SpecialTokens = LongMemConfig.special_tokens,
     seed: int = TrainConfig.seed,
     precision: Precision = "auto",
     device: Device = "auto",
@@ -188,7 +207,7 @@ def probe(
     frozen, tokenizer = load_backbone(backbone, choose_device(device))
     candidates = sorted(set(layers)) if layers else default_candidates(len(frozen.layers))
     shortest = score_from + segment + 1
-    training, measured = split_documents(data, tokenizer, held_out, min_tokens=shortest)
+    training, measured = split_documents(data, tokenizer, held_out, min_tokens=shortest, special_tokens=special_tokens)
     # No more is encoded than is used.
     training = [tokens[: steps * segment + 1] for tokens in training[: max(rows, 1)]]
     measured = [tokens[: document_tokens + 1] for tokens in measured]
@@ -199,6 +218,7 @@ def probe(
         chunk_size=chunk_size,
         chunks_per_query=chunks_per_query,
         fusion=fusion,
+        special_tokens=special_tokens,
     )
     train_config = TrainConfig(
         steps=steps, rows=rows, learning_rate=learning_rate, save_every=steps, precision=precision, seed=seed
@@ -221,6 +241,8 @@ def evaluate(
     ] = None,
     memory_tokens: Annotated[int | None, typer.Option(help="Capacity of the memory; default: as trained.")] = None,
     segment: Annotated[int | None, typer.Option(help="Local context in tokens; default: as trained.")] = None,
+    backbone: OwnBackbone = None,
+    special_tokens: OwnSpecialTokens = None,
     cache_states: Annotated[
         bool, typer.Option("--cache-states", help="Keep the backbone's states in OUT/states: half the encoding.")
     ] = False,
@@ -229,9 +251,16 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Held-out perplexity: backbone alone, and LongMem with an empty, its own and another document's memory."""
-    model, tokenizer = load_run(run, device, memory_tokens=memory_tokens, segment=segment)
+    model, tokenizer = load_run(
+        run, device, backbone, memory_tokens=memory_tokens, segment=segment, special_tokens=special_tokens
+    )
     documents = load_documents(
-        data, "test", tokenizer, min_tokens=score_from + model.config.segment + 1, cut=document_tokens + 1
+        data,
+        "test",
+        tokenizer,
+        min_tokens=score_from + model.config.segment + 1,
+        cut=document_tokens + 1,
+        special_tokens=model.config.special_tokens,
     )
     announce(model, precision)
     folder = out or run / "eval"
@@ -248,35 +277,53 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     memory_text: Annotated[list[str] | None, typer.Option("--remember", help="Files read into memory first.")] = None,
     max_new_tokens: int = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.7,
-    top_p: float = 0.95,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages what was said; 1 is none.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help=f"0 takes the most likely token. {SAMPLING} 0.7.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help=f"Sample from the likeliest tokens that together reach it. {SAMPLING} 0.95.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help=f"Sample from so many of the likeliest tokens; 0: all. {SAMPLING} 0.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help=f"Above 1 discourages what was said; 1 is none. {SAMPLING} 1.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End where this text begins, which is not shown; may be repeated.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on behind the tokens that end the model's texts, and show them.")
+    ] = False,
+    backbone: OwnBackbone = None,
+    special_tokens: OwnSpecialTokens = None,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
-    """Continue a prompt, with texts of any length in memory."""
-    model, tokenizer = load_run(run, device)
+    """Continue a prompt, with texts of any length in memory.
+
+    The prompt and what follows it go to standard output as UTF-8, then one line end; special tokens among it are shown,
+    but not the one that ends it.
+    """
+    model, tokenizer = load_run(run, device, backbone, special_tokens=special_tokens)
     memory = model.new_memory(rows=1)
-    for document in load_documents(memory_text, "train", tokenizer, min_tokens=1) if memory_text else []:
+    own = model.config.special_tokens
+    remembered = memory_text or []
+    documents = load_documents(remembered, "train", tokenizer, min_tokens=1, special_tokens=own) if remembered else []
+    for document in documents:
         remember_with_bar(model, document, memory)
     typer.echo(f"memory: {memory.stats()['tokens']:.0f} tokens, {memory.stats()['fill']:.0%} full", err=True)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.backbone.device)
-    if ids.shape[1] == 0:
-        raise typer.BadParameter("the prompt holds no token", param_hint="--prompt")
-    generator = torch.Generator(model.backbone.device).manual_seed(seed)
-    written, shown = ids[0].tolist(), prompt
-    typer.echo(prompt, nl=False)
-    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "generator": generator}
-    options |= {"repetition_penalty": repetition_penalty}
-    for token in model.generate(ids, memory, max_new_tokens=max_new_tokens, **options):
-        if int(token) == tokenizer.eos_token_id:
-            break
-        written.append(int(token))
-        text = tokenizer.decode(written)
-        if not text.endswith("\ufffd"):  # half of a multi-byte character waits for its other half
-            typer.echo(text[len(shown) :], nl=False)
-            shown = text
-    typer.echo()
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty}
+    pieces = generate_text(
+        model,
+        tokenizer,
+        prompt,
+        memory,
+        ends=() if ignore_eos else stop_tokens(tokenizer, model.backbone),
+        stop=stop or (),
+        max_new_tokens=max_new_tokens,
+        generator=torch.Generator(model.backbone.device).manual_seed(seed),
+        **{"temperature": 0.7, "top_p": 0.95} | sampling_options(model.backbone.generation_config, **given),
+    )
+    show_text(prompt, pieces)
 
 
 @app.command()

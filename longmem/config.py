@@ -29,6 +29,8 @@ class LongMemConfig:
         memory_tokens: capacity of a row's memory.
         segment: T, tokens encoded at once; also the local context.
         scope: "row" or "shared", see `MemoryBank`.
+        special_tokens: "auto": texts begin with the special tokens that the backbone's tokenizer puts there. "none":
+            without.
     """
 
     memory_layers: tuple[int, ...]
@@ -42,6 +44,7 @@ class LongMemConfig:
     memory_tokens: int = 16_384
     segment: int = 256
     scope: str = "row"
+    special_tokens: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_layers", tuple(self.memory_layers))  # JSON has lists
@@ -73,6 +76,8 @@ class LongMemConfig:
             wrong.append('trainable="all" needs a SideNet: without one there is nothing but the read')
         if self.fusion not in ("joint", "gated"):
             wrong.append(f"fusion must be joint or gated, got {self.fusion!r}")
+        if self.special_tokens not in ("auto", "none"):
+            wrong.append(f"special_tokens must be auto or none, got {self.special_tokens!r}")
         for name in ("chunk_size", "chunks_per_query", "segment"):
             if getattr(self, name) < 1:
                 wrong.append(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -92,4 +97,4 @@ class LongMemConfig:
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"LongMemConfig: unknown keys {', '.join(sorted(unknown))}")
-        return cls(**values)
+        return cls(**({"special_tokens": "none"} | values))  # saved without it: trained before there were any

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from longmem_kernels.info import report as kernels_report
 
 from .backbones import Backbone
-from .backbones.load import load_backbone
+from .backbones.load import find_backbone, load_backbone
 from .data.documents import CORPORA, Document, named_corpus, read_documents
 from .data.stream import tokenize_documents
 from .evaluate.perplexity import PerplexityReport, perplexity
@@ -40,20 +42,34 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_run(run: Path, device: str, **changes: Any) -> tuple[LongMem, Any]:
-    """The model in `run`, and its tokenizer. `changes`: see `LongMem.from_pretrained`; None changes nothing."""
+def load_run(run: Path, device: str, backbone: str | None = None, **changes: Any) -> tuple[LongMem, Any]:
+    """The model in `run`, and its tokenizer.
+
+    Args:
+        backbone: what to load as its backbone; None: what it was trained on, where `find_backbone` finds it.
+        changes: see `LongMem.from_pretrained`; None changes nothing.
+    """
     about = run / "config.json"
     if not about.exists():
         raise ValueError(f"no trained LongMem in {run}: config.json is missing (longmem train --out {run} makes one)")
-    backbone, tokenizer = load_backbone(json.loads(about.read_text())["backbone"], choose_device(device))
+    saved = json.loads(about.read_text())
+    name = backbone or find_backbone(saved["backbone"], saved.get("backbone_place", {}), run)
+    frozen, tokenizer = load_backbone(name, choose_device(device))
     changes = {name: value for name, value in changes.items() if value is not None}
-    return LongMem.from_pretrained(run, backbone, **changes), tokenizer
+    return LongMem.from_pretrained(run, frozen, **changes), tokenizer
 
 
 def load_documents(
-    data: list[str], split: str, tokenizer: Any, *, min_tokens: int, cut: int | None = None
+    data: list[str],
+    split: str,
+    tokenizer: Any,
+    *,
+    min_tokens: int,
+    cut: int | None = None,
+    special_tokens: str = "auto",
 ) -> list[torch.Tensor]:
-    """Token ids of named corpora (`split` of them) and of files, saying what is skipped and why."""
+    """Token ids of named corpora (`split` of them) and of files, saying what is skipped and why. `special_tokens`: see
+    `LongMemConfig`."""
     documents: list[Document] = []
     for name in data:
         if name in CORPORA:
@@ -63,7 +79,7 @@ def load_documents(
         documents += found
         for item in skipped:
             typer.echo(f"skipped {item.name}: {item.reason}", err=True)
-    tokens, skipped = tokenize_documents(documents, tokenizer, min_tokens)
+    tokens, skipped = tokenize_documents(documents, tokenizer, min_tokens, add_special_tokens=special_tokens == "auto")
     for item in skipped:
         typer.echo(f"skipped {item.name}: {item.reason}", err=True)
     tokens = [ids[:cut] for ids in tokens]
@@ -72,7 +88,7 @@ def load_documents(
 
 
 def split_documents(
-    data: list[str], tokenizer: Any, held_out: int, *, min_tokens: int
+    data: list[str], tokenizer: Any, held_out: int, *, min_tokens: int, special_tokens: str = "auto"
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Documents to train on and to measure on: the splits of named corpora, or all but the last `held_out` files.
 
@@ -80,9 +96,12 @@ def split_documents(
         ValueError: there are too few documents.
     """
     if all(name in CORPORA for name in data):
-        train = load_documents(data, "train", tokenizer, min_tokens=min_tokens)
-        return train, load_documents(data, "test", tokenizer, min_tokens=min_tokens)[:held_out]
-    documents = load_documents(data, "all", tokenizer, min_tokens=min_tokens)
+        train, test = (
+            load_documents(data, split, tokenizer, min_tokens=min_tokens, special_tokens=special_tokens)
+            for split in ("train", "test")
+        )
+        return train, test[:held_out]
+    documents = load_documents(data, "all", tokenizer, min_tokens=min_tokens, special_tokens=special_tokens)
     if len(documents) <= held_out:
         raise ValueError(
             f"wanted more than {held_out} documents of {min_tokens} tokens or more ({held_out} are held out), got"
@@ -131,6 +150,22 @@ def remember_with_bar(model: LongMem, document: torch.Tensor, memory: MemoryBank
             with autocast("auto", model.backbone.device):
                 model.remember(piece.to(model.backbone.device), memory)
             bar.update(piece.shape[1])
+
+
+def show_text(prompt: str, pieces: Iterable[str]) -> None:
+    """Write the text to standard output as it comes, and a line end behind it, whatever happens meanwhile.
+
+    As bytes: text streams leave control characters out, or refuse what the terminal's encoding lacks, in a pipe and not
+    on a terminal, or the other way about.
+    """
+    out = typer.get_binary_stream("stdout")
+    try:
+        for piece in chain([prompt], pieces):
+            out.write(piece.encode("utf-8", errors="replace"))
+            out.flush()
+    finally:
+        out.write(b"\n")
+        out.flush()
 
 
 def evaluate_with_bar(

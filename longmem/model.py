@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones.base import Backbone, States
-from .backbones.load import load_backbone
+from .backbones.load import find_backbone, load_backbone, place_of
 from .config import LongMemConfig
 from .data.stream import IGNORE
 from .files import load_tensors, save_tensors
@@ -23,7 +23,7 @@ from .sharded import ShardedMemoryBank
 from .sidenet import SideNet
 
 _KIND, _WEIGHTS = "longmem model", "longmem.safetensors"
-_CHANGEABLE = {"segment", "memory_tokens", "chunks_per_query", "chunk_size", "scope"}
+_CHANGEABLE = {"segment", "memory_tokens", "chunks_per_query", "chunk_size", "scope", "special_tokens"}
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,9 @@ class LongMem(nn.Module):
         """Write config.json and longmem.safetensors: what is trained. The backbone is named, and what the SideNet
         copies from it and keeps frozen is copied again. `weights`: the SideNet's `state_dict`, where the parameters
         themselves are in pieces (FSDP)."""
-        about = {"config": self.config.to_dict(), "backbone": self.backbone.name, "fingerprint": self.fingerprint}
         folder, trained = Path(folder), self.trainable()
+        about = {"config": self.config.to_dict(), "backbone": self.backbone.name, "fingerprint": self.fingerprint}
+        about["backbone_place"] = place_of(self.backbone.name, folder)
         found = trained if weights is None else weights
         save_tensors(folder / _WEIGHTS, {name: found[name].detach().cpu() for name in trained}, _KIND, about)
         (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -252,7 +253,8 @@ class LongMem(nn.Module):
         weights, about = load_tensors(Path(folder) / _WEIGHTS, _KIND)
         if backbone is None:
             try:
-                backbone, _ = load_backbone(about["backbone"], device)
+                place = about.get("backbone_place", {})
+                backbone, _ = load_backbone(find_backbone(about["backbone"], place, Path(folder)), device)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"LongMem.from_pretrained: {folder} needs the backbone {about['backbone']!r}, which cannot be"
