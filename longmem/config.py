@@ -11,6 +11,7 @@ Trainable = Literal["read", "all"]
 Fusion = Literal["joint", "gated"]
 Scope = Literal["row", "shared"]
 Precision = Literal["auto", "float32", "bfloat16"]
+SpecialTokens = Literal["auto", "none"]
 
 SIDENETS: tuple[str, ...] = get_args(SideNetKind)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -37,19 +38,22 @@ class LongMemConfig:
         memory_tokens: capacity of a row's memory.
         segment: T, tokens encoded at once; also the local context.
         scope: "row" or "shared", see `MemoryBank`.
+        special_tokens: "auto": texts begin with the special tokens that the backbone's tokenizer puts there. "none":
+            without.
     """
 
     memory_layers: tuple[int, ...]
-    sidenet: str = "none"
+    sidenet: SideNetKind = "none"
     reduction: int = 2
-    trainable: str = "read"
-    fusion: str = "joint"
+    trainable: Trainable = "read"
+    fusion: Fusion = "joint"
     gate_start: float = 0.0
     chunk_size: int = 4
     chunks_per_query: int = 16
     memory_tokens: int = 16_384
     segment: int = 256
-    scope: str = "row"
+    scope: Scope = "row"
+    special_tokens: SpecialTokens = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_layers", tuple(self.memory_layers))  # JSON has lists
@@ -81,6 +85,8 @@ class LongMemConfig:
             wrong.append('trainable="all" needs a SideNet: without one there is nothing but the read')
         if self.fusion not in ("joint", "gated"):
             wrong.append(f"fusion must be joint or gated, got {self.fusion!r}")
+        if self.special_tokens not in ("auto", "none"):
+            wrong.append(f"special_tokens must be auto or none, got {self.special_tokens!r}")
         for name in ("chunk_size", "chunks_per_query", "segment"):
             if getattr(self, name) < 1:
                 wrong.append(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -100,4 +106,4 @@ class LongMemConfig:
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"LongMemConfig: unknown keys {', '.join(sorted(unknown))}")
-        return cls(**values)
+        return cls(**({"special_tokens": "none"} | values))  # saved without it: trained before there were any

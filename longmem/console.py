@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import json
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from longmem_kernels.info import report as kernels_report
 
 from .backbones import Backbone
-from .backbones.load import load_backbone
+from .backbones.load import find_backbone, load_backbone
 from .cli.failures import doing
 from .cli.output import json_text, note
 from .data.documents import CORPORA, Document, named_corpus, read_documents
@@ -52,13 +54,6 @@ def check_sources(data: Sequence[str]) -> None:
         if name in CORPORA or os.path.exists(os.path.expanduser(name)) or glob.glob(os.path.expanduser(name)):
             continue
         raise ValueError(f"no file or folder {name}, nor a corpus of that name ({', '.join(CORPORA)})")
-
-
-def check_backbone(name: str) -> None:
-    """Raises ValueError where `name` is a path, and nothing is there; a name of the hub has one slash at most."""
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not name or (is_path and not os.path.exists(os.path.expanduser(name))):
-        raise ValueError(f"no folder {name!r} with a backbone; wanted smollm2, a folder, or a name of the hub (ORG/NAME)")
 
 
 def choose_device(device: str) -> torch.device:
@@ -99,18 +94,32 @@ def read_run(run: Path) -> dict[str, Any]:
     return content
 
 
-def load_run(run: Path, device: str, **changes: Any) -> tuple[LongMem, Any]:
-    """The model in `run`, and its tokenizer. `changes`: see `LongMem.from_pretrained`; None changes nothing."""
-    backbone, tokenizer = load_named(read_run(run)["backbone"], choose_device(device))
+def load_run(run: Path, device: str, backbone: str | None = None, **changes: Any) -> tuple[LongMem, Any]:
+    """The model in `run`, and its tokenizer.
+
+    Args:
+        backbone: what to load as its backbone; None: what it was trained on, where `find_backbone` finds it.
+        changes: see `LongMem.from_pretrained`; None changes nothing.
+    """
+    saved = read_run(run)
+    name = backbone or find_backbone(saved["backbone"], saved.get("backbone_place", {}), run)
+    frozen, tokenizer = load_named(name, choose_device(device))
     changes = {name: value for name, value in changes.items() if value is not None}
     with doing(f"loading the run {run}"):
-        return LongMem.from_pretrained(run, backbone, **changes), tokenizer
+        return LongMem.from_pretrained(run, frozen, **changes), tokenizer
 
 
 def load_documents(
-    data: list[str], split: str, tokenizer: Any, *, min_tokens: int, cut: int | None = None
+    data: list[str],
+    split: str,
+    tokenizer: Any,
+    *,
+    min_tokens: int,
+    cut: int | None = None,
+    special_tokens: str = "auto",
 ) -> list[torch.Tensor]:
-    """Token ids of named corpora (`split` of them) and of files, saying what is skipped and why."""
+    """Token ids of named corpora (`split` of them) and of files, saying what is skipped and why. `special_tokens`: see
+    `LongMemConfig`."""
     documents: list[Document] = []
     for name in data:
         if name in CORPORA:
@@ -120,7 +129,7 @@ def load_documents(
         documents += found
         for item in skipped:
             note(f"skipped {item.name}: {item.reason}")
-    tokens, skipped = tokenize_documents(documents, tokenizer, min_tokens)
+    tokens, skipped = tokenize_documents(documents, tokenizer, min_tokens, add_special_tokens=special_tokens == "auto")
     for item in skipped:
         note(f"skipped {item.name}: {item.reason}")
     tokens = [ids[:cut] for ids in tokens]
@@ -129,7 +138,7 @@ def load_documents(
 
 
 def split_documents(
-    data: list[str], tokenizer: Any, held_out: int, *, min_tokens: int
+    data: list[str], tokenizer: Any, held_out: int, *, min_tokens: int, special_tokens: str = "auto"
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Documents to train on and to measure on: the splits of named corpora, or all but the last `held_out` files.
 
@@ -137,9 +146,12 @@ def split_documents(
         ValueError: there are too few documents.
     """
     if all(name in CORPORA for name in data):
-        train = load_documents(data, "train", tokenizer, min_tokens=min_tokens)
-        return train, load_documents(data, "test", tokenizer, min_tokens=min_tokens)[:held_out]
-    documents = load_documents(data, "all", tokenizer, min_tokens=min_tokens)
+        train, test = (
+            load_documents(data, split, tokenizer, min_tokens=min_tokens, special_tokens=special_tokens)
+            for split in ("train", "test")
+        )
+        return train, test[:held_out]
+    documents = load_documents(data, "all", tokenizer, min_tokens=min_tokens, special_tokens=special_tokens)
     if len(documents) <= held_out:
         raise ValueError(
             f"wanted more than {held_out} documents of {min_tokens} tokens or more ({held_out} are held out), got"
@@ -163,12 +175,15 @@ def announce(model: LongMem, precision: str) -> None:
     )
 
 
-def train_with_bar(trainer: Trainer) -> None:
+def train_with_bar(trainer: Trainer) -> dict[str, float]:
+    """Train to the last step. Returns the metrics of the last step that was run; empty where none was left to run."""
+    last: dict[str, float] = {}
     if trainer.step:
         note(f"continuing from step {trainer.step}")
     with tqdm(total=trainer.config.steps, initial=trainer.step, desc="train", unit="step") as bar:
 
         def report(metrics: dict[str, float]) -> None:
+            last.update(metrics)
             shown = {
                 "loss": f"{metrics['loss']:.3f}",
                 "tok/s": f"{metrics['tokens_per_second']:.0f}",
@@ -179,14 +194,62 @@ def train_with_bar(trainer: Trainer) -> None:
             bar.update()
 
         trainer.run(report)
+    return last
 
 
-def remember_with_bar(model: LongMem, document: torch.Tensor, memory: MemoryBank) -> None:
-    with tqdm(total=len(document), desc="remember", unit="tok", unit_scale=True) as bar:
-        for piece in document[None].split(model.config.segment, 1):
+def fitting_rows(rows: int | None, documents: int, processes: int = 1) -> int:
+    """Documents that are read side by side in each process: `rows`, or by default no more than there are. Says so."""
+    each = max(1, documents // processes)
+    if rows is None:
+        fitting = min(TrainConfig.rows, each)
+        if fitting < TrainConfig.rows:
+            note(f"rows: {fitting} instead of {TrainConfig.rows}, one for each document")
+        return fitting
+    if rows > each:
+        note(f"rows: {rows} for {each} documents: some are read by several rows at once, at the cost of each")
+    return rows
+
+
+def remember_with_bar(model: LongMem, documents: Sequence[torch.Tensor], memory: MemoryBank) -> None:
+    """Read documents into memory, one after another, and say what of them it holds.
+
+    What the end of the texts would overwrite is not read at all.
+    """
+    total, capacity, segment = sum(map(len, documents)), model.config.memory_tokens, model.config.segment
+    unread, pieces = max(0, total - capacity), []
+    for document in documents:
+        # Segments stay as they would be: each is encoded alone.
+        begin = min(unread, len(document)) // segment * segment
+        unread -= min(unread, len(document))
+        pieces += document[None, begin:].split(segment, 1)
+    with tqdm(total=sum(piece.shape[1] for piece in pieces), desc="remember", unit="tok", unit_scale=True) as bar:
+        for piece in pieces:
             with autocast("auto", model.backbone.device):
                 model.remember(piece.to(model.backbone.device), memory)
             bar.update(piece.shape[1])
+    stats = memory.stats()
+    if total > capacity:
+        note(
+            f"remembered the last {stats['tokens']:,.0f} of {total:,} tokens: memory holds no more"
+            f" (--memory-tokens {-(-total // 1024) * 1024} would hold all)"
+        )
+    note(f"memory: {stats['tokens']:.0f} tokens, {stats['fill']:.0%} full")
+
+
+def show_text(prompt: str, pieces: Iterable[str]) -> None:
+    """Write the text to standard output as it comes, and a line end behind it, whatever happens meanwhile.
+
+    As bytes: text streams leave control characters out, or refuse what the terminal's encoding lacks, in a pipe and not
+    on a terminal, or the other way about.
+    """
+    out = sys.stdout.buffer
+    try:
+        for piece in chain([prompt], pieces):
+            out.write(piece.encode("utf-8", errors="replace"))
+            out.flush()
+    finally:
+        out.write(b"\n")
+        out.flush()
 
 
 def evaluate_with_bar(
@@ -211,9 +274,8 @@ def evaluate_with_bar(
         )
 
 
-def save_report(report: PerplexityReport, folder: Path, title: str, **about: Any) -> None:
-    """perplexity.json, with `about`, and perplexity.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_report(report: PerplexityReport, folder: Path, title: str, **about: Any) -> dict[str, Any]:
+    """Write perplexity.json and perplexity.png. Returns what the first holds: the scores, and `about`."""
     scores = {
         name: {"perplexity": score.perplexity, "nats": asdict(score), "vs_backbone": asdict(gain)}
         for name, score, gain in report.rows()
@@ -222,18 +284,30 @@ def save_report(report: PerplexityReport, folder: Path, title: str, **about: Any
         f"memory - {other}": asdict(report.difference("memory", other)) for other in ("empty memory", "other memory")
     }
     content = {"tokens": report.tokens, "scores": scores, "differences": differences, **about}
-    (folder / "perplexity.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "perplexity.json", content)
     plot_perplexity(report, folder / "perplexity.png", f"{title}; {report.tokens:,} held-out tokens")
     note(f"wrote {folder}/perplexity.json and {folder}/perplexity.png")
+    return content
 
 
-def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) -> RecallReport:
-    """Run the task; write recall.json and recall.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_json(path: Path, content: Any) -> None:
+    """Replace the file by `content` as JSON."""
+    replace_file(path, f"{json_text(content)}\n".encode())
+
+
+def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) -> tuple[RecallReport, dict[str, Any]]:
+    """Run the task; write recall.json and recall.png. Returns the report and what recall.json holds."""
     began = time.perf_counter()
-    with tqdm(desc="recall", unit="step") as bar:
+    first, total = next(iter(config.stages())), sum(config.stages().values())
+    spared = config.stages()[first]  # steps that the first stage turned out not to need
+    with tqdm(total=total, desc="recall", unit="step") as bar:
 
         def report(stage: str, value: float) -> None:
+            nonlocal spared
+            if stage == first:
+                spared -= 1
+            else:
+                bar.total = total - spared
             bar.set_description(stage, refresh=False)
             bar.set_postfix({"now": f"{value:.3f}"}, refresh=False)
             bar.update()
@@ -246,10 +320,10 @@ def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) ->
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    (folder / "recall.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "recall.json", content)
     plot_recall(found, folder / "recall.png", f"Associative recall, {config.capacity:,} tokens of memory")
     note(f"wrote {folder}/recall.json and {folder}/recall.png")
-    return found
+    return found, content
 
 
 def probe_with_bars(
@@ -258,8 +332,8 @@ def probe_with_bars(
     training: list[torch.Tensor],
     held_out: list[torch.Tensor],
     plan: ProbePlan,
-) -> ProbeReport:
-    """Probe the layers; write probe.json."""
+) -> tuple[ProbeReport, dict[str, Any]]:
+    """Probe the layers; write probe.json. Returns the report and what probe.json holds."""
     tokens = sum(map(len, [*training, *held_out]))
     segments = min((len(document) - 1) // plan.config.segment for document in held_out) * len(held_out)
     steps = len(candidates) * (plan.train.steps + segments)
@@ -274,6 +348,7 @@ def probe_with_bars(
 
         report = probe_layers(backbone, candidates, training, held_out, plan, encoded=encoding.update, progress=told)
     about = {"backbone": backbone.name, "train": asdict(plan.train), "config": plan.config.to_dict()}
-    (plan.folder / "probe.json").write_text(json.dumps(report.as_dict() | about, indent=2) + "\n")
+    content = report.as_dict() | about
+    write_json(plan.folder / "probe.json", content)
     note(f"wrote {plan.folder}/probe.json")
-    return report
+    return report, content

@@ -92,7 +92,8 @@ def test_the_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     row = {1024: torch.tensor([1.0, 0.5]).double(), 4096: torch.tensor([1.0, 1.0]).double()}
     report = RecallReport(dict.fromkeys(("memory", "empty memory", "other memory"), row), 0.0625, 0.99, 24)
     monkeypatch.setattr("longmem.console.run_recall", lambda *_: report)
-    assert recall_with_bar(CONFIG, torch.device("cpu"), tmp_path) is report
+    found, _ = recall_with_bar(CONFIG, torch.device("cpu"), tmp_path)
+    assert found is report
     content = json.loads((tmp_path / "recall.json").read_text())
     assert content["accuracy"]["memory"]["1024"]["accuracy"] == 0.75 and content["config"]["keys"] == CONFIG.keys
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")

@@ -42,10 +42,10 @@ def _longmem(
     pass
 
 
-def _chosen(config: type, given: dict[str, Any]) -> dict[str, Any]:
-    """The options that are fields of `config`, and were given."""
-    names = {field.name for field in fields(config)}
-    return {name: value for name, value in given.items() if name in names and value is not None}
+def _taken(config: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Takes the options that are fields of `config` out of `given`; those that were not given are left out."""
+    found = {field.name: given.pop(field.name) for field in fields(config) if field.name in given}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @app.command()
@@ -78,6 +78,7 @@ def train(
     tensorboard: o.TensorBoard = False,
     seed: o.Seed = TrainConfig.seed,
     document_tokens: o.TrainTokens = None,
+    special_tokens: o.Special = LongMemConfig.special_tokens,
     cache_states: o.KeepStates = False,
     parallel: o.ParallelKind = TrainConfig.parallel,
     shard_memory: o.ShardMemory = TrainConfig.shard_memory,
@@ -92,17 +93,10 @@ def train(
     In several processes: torchrun --nproc-per-node N -m longmem train ...
     """
     given = dict(locals())
-    from .commands import Training
     from .commands import train as work
 
-    work(
-        Training(
-            TrainConfig(**_chosen(TrainConfig, given)),
-            _chosen(LongMemConfig, given),
-            **{name: given[name] for name in ("data", "out", "backbone", "rows", "document_tokens")},
-            **{name: given[name] for name in ("cache_states", "tensorboard", "device", "json")},
-        )
-    )
+    config = TrainConfig(**_taken(TrainConfig, given))
+    work(config, _taken(LongMemConfig, given), rows=rows, **given)
 
 
 @app.command("probe-layers")
@@ -122,6 +116,7 @@ def probe(
     held_out: o.HeldOut = 3,
     score_from: o.ScoreFrom = 4096,
     document_tokens: o.UsedTokens = 8192,
+    special_tokens: o.Special = LongMemConfig.special_tokens,
     seed: o.Seed = TrainConfig.seed,
     precision: o.Products = TrainConfig.precision,
     device: o.DeviceName = "auto",
@@ -129,17 +124,10 @@ def probe(
 ) -> None:
     """Rank layers by what a document's own memory is worth there over another's, after a short training of the read."""
     given = dict(locals())
-    from .commands import Probing
     from .commands import probe as work
 
-    work(
-        Probing(
-            TrainConfig(save_every=steps, **_chosen(TrainConfig, given)),
-            _chosen(LongMemConfig, given),
-            **{name: given[name] for name in ("data", "out", "backbone", "layers", "rows", "held_out")},
-            **{name: given[name] for name in ("score_from", "document_tokens", "device", "json")},
-        )
-    )
+    config = TrainConfig(save_every=steps, **_taken(TrainConfig, given))
+    work(config, _taken(LongMemConfig, given), rows=rows, **given)
 
 
 @app.command("eval")
@@ -151,6 +139,8 @@ def evaluate(
     full_context: o.FullContext = None,
     memory_tokens: o.OtherMemoryTokens = None,
     segment: o.OtherSegment = None,
+    backbone: o.OwnBackbone = None,
+    special_tokens: o.OwnSpecial = None,
     cache_states: o.KeepStates = False,
     out: o.EvalOut = None,
     precision: o.Products = TrainConfig.precision,
@@ -171,14 +161,23 @@ def generate(
     remember: o.Remember = None,
     memory_tokens: o.OtherMemoryTokens = None,
     max_new_tokens: o.MaxNewTokens = 100,
-    temperature: o.Temperature = 0.7,
-    top_p: o.TopP = 0.95,
-    repetition_penalty: o.RepetitionPenalty = 1.0,
+    temperature: o.Temperature = None,
+    top_p: o.TopP = None,
+    top_k: o.TopK = None,
+    repetition_penalty: o.RepetitionPenalty = None,
+    stop: o.StopAt = None,
+    ignore_eos: o.IgnoreEos = False,
+    backbone: o.OwnBackbone = None,
+    special_tokens: o.OwnSpecial = None,
     seed: o.Seed = 0,
     device: o.DeviceName = "auto",
     json: o.Json = False,
 ) -> None:
-    """Continue a prompt, with texts of any length in memory."""
+    """Continue a prompt, with texts of any length in memory.
+
+    The prompt and what follows it go to standard output as UTF-8, then one line end; special tokens among it are shown,
+    but not the one that ends it.
+    """
     given = dict(locals())
     from .commands import generate as work
 

@@ -16,7 +16,7 @@ bench_app = typer.Typer(
 profile_app = typer.Typer(no_args_is_help=True, help="Where the time goes.")
 
 
-def _question(name: str) -> Callable[..., None]:
+def _question(question: str) -> Callable[..., None]:
     def command(
         sweep: o.Sweep = None,
         providers: o.Providers = None,
@@ -30,10 +30,10 @@ def _question(name: str) -> Callable[..., None]:
         keep: o.Keep = False,
         model: o.ModelName = None,
     ) -> None:
-        given = dict(locals())
+        given = {"question": question} | locals()
         from longmem.bench.cli import answer
 
-        answer(name, **given)
+        answer(**given)
 
     return command
 

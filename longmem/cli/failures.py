@@ -88,14 +88,23 @@ def _say(ending: Ending, error: BaseException) -> None:
 
 
 def _ending(error: BaseException) -> Ending:
-    for rule in (_of_the_user, _of_typer, _of_memory, _of_imports, _of_the_system, _of_the_network, _of_torch, _of_input):
+    for rule in (
+        _of_the_user,
+        _of_typer,
+        _of_memory,
+        _of_imports,
+        _of_the_system,
+        _of_the_network,
+        _of_torch,
+        _of_input,
+    ):
         ending = rule(error)
         if ending is not None:
             return ending
     where = f" while {error.longmem_doing}" if hasattr(error, "longmem_doing") else ""
     return Ending(
-        f"unexpected {type(error).__name__}{where}: {_line(error)}. This is a bug: {TRACEBACK}=1 in front of the command"
-        " shows where it happened",
+        f"unexpected {type(error).__name__}{where}: {_line(error)}. This is a bug; {TRACEBACK}=1 in front of the"
+        " command shows where it happened",
         kept=True,
     )
 
@@ -122,7 +131,7 @@ def _of_typer(error: BaseException) -> Ending | None:
         code = getattr(error, "exit_code", None)
         return Ending("", code) if isinstance(code, int) else None
     context = getattr(error, "ctx", None)
-    text = " ".join(words().split())
+    text = " ".join(words().replace("Value error, ", "").split())
     if not text:  # help was asked for by giving no argument, and has been printed
         return Ending("", 2)
     command = context.command_path if context is not None else "longmem"
@@ -220,8 +229,9 @@ def _of_the_system(error: BaseException) -> Ending | None:
 
 
 _NETWORK = re.compile(
-    r"couldn't connect to|[Nn]ame or service not known|[Tt]emporary failure in name resolution|[Nn]etwork is unreachable"
-    r"|Max retries exceeded|offline mode is enabled|cannot find the requested files in the local cache"
+    r"couldn't connect to|[Nn]ame or service not known|[Tt]emporary failure in name resolution"
+    r"|[Nn]etwork is unreachable|Max retries exceeded|offline mode is enabled"
+    r"|cannot find the requested files in the local cache"
 )
 
 
@@ -236,7 +246,10 @@ def _of_the_network(error: BaseException) -> Ending | None:
 
 _TORCH = (
     (r"CUDA driver|no kernel image|CUDA error|cuDNN error|CUBLAS_STATUS", "the GPU, or its driver, failed"),
-    (r"NCCL|[Gg]loo|Connection (?:closed|reset) by peer|c10d|rendezvous", "another process of this run ended or was lost"),
+    (
+        r"NCCL|[Gg]loo|Connection (?:closed|reset) by peer|c10d|rendezvous",
+        "another process of this run ended or was lost",
+    ),
     (r"InvalidCxxCompiler|CppCompileError|C\+\+ compiler|[Bb]ackend compiler failed|inductor", "--compile failed"),
     (r"Overflow when unpacking long", "a number is too large"),
 )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from longmem.config import Fusion, Precision, Scope, SideNetKind, Trainable
+from longmem.config import Fusion, Precision, Scope, SideNetKind, SpecialTokens, Trainable
 from longmem.data.documents import CORPORA
 from longmem.training.config import Parallel, Reset
 
@@ -17,6 +17,9 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scale = Literal["auto", "paper", "small"]
 BenchModel = Literal["tiny", "smollm2"]
+
+# Of `generate`, where the model's generation configuration says nothing.
+TEMPERATURE, TOP_P = 0.7, 0.95
 
 _TEXTS, _MODEL, _MEMORY, _TRAINING = "Texts and places", "Model", "Memory", "Training"
 _PROCESSES, _MACHINE = "Several processes", "Machine and output"
@@ -59,9 +62,7 @@ ProbeOut = Annotated[
 ]
 EvalOut = Annotated[Path | None, _option(help="Where JSON and plot go; default RUN/eval.", panel=_TEXTS)]
 RecallOut = Annotated[Path, _option(help="Where JSON and plot go.", panel=_TEXTS)]
-QuickstartOut = Annotated[
-    Path, _option(help="Where everything goes; an interrupted run is continued.", panel=_TEXTS)
-]
+QuickstartOut = Annotated[Path, _option(help="Where everything goes; an interrupted run is continued.", panel=_TEXTS)]
 Run = Annotated[Path, _option(help="Folder of a trained LongMem.", panel=_TEXTS)]
 TrainTokens = Annotated[
     int | None, _option("--document-tokens", min=2, help="Cut documents after this many tokens.", panel=_TEXTS)
@@ -72,9 +73,7 @@ UsedTokens = Annotated[
 ScoreFrom = Annotated[
     int, _option(min=0, help="Tokens of each document that fill the memory before scoring begins.", panel=_TEXTS)
 ]
-HeldOut = Annotated[
-    int, _option(min=2, help="Number of documents measured on: of files, the last ones.", panel=_TEXTS)
-]
+HeldOut = Annotated[int, _option(min=2, help="Number of documents measured on: of files, the last ones.", panel=_TEXTS)]
 KeepStates = Annotated[
     bool,
     _option("--cache-states", help="Keep the backbone's states on disk and use them again.", panel=_TEXTS),
@@ -82,8 +81,15 @@ KeepStates = Annotated[
 
 # Model
 
-Backbone = Annotated[
-    str, _option(help="smollm2, or a folder or hub name of a transformers model.", panel=_MODEL)
+_BACKBONES = "smollm2, a folder or hub name of a transformers model, or a GGUF file."
+_SPECIAL = "auto: texts begin with the special tokens that the model's tokenizer puts there (BOS); none: without."
+Backbone = Annotated[str, _option(help=f"The frozen model: {_BACKBONES}", panel=_MODEL)]
+OwnBackbone = Annotated[
+    str | None, _option("--backbone", help=f"Where the run's own backbone is, if it moved: {_BACKBONES}", panel=_MODEL)
+]
+Special = Annotated[SpecialTokens, _option("--special-tokens", help=_SPECIAL, panel=_MODEL)]
+OwnSpecial = Annotated[
+    SpecialTokens | None, _option("--special-tokens", help=f"{_SPECIAL} Default: as trained.", panel=_MODEL)
 ]
 MemoryLayers = Annotated[
     list[int] | None,
@@ -171,9 +177,7 @@ UsageWeight = Annotated[
 ]
 UsageTarget = Annotated[
     float,
-    _option(
-        callback=_finite(above=0, below=1), help="Share of attention wanted for memory, 0 to 1.", panel=_TRAINING
-    ),
+    _option(callback=_finite(above=0, below=1), help="Share of attention wanted for memory, 0 to 1.", panel=_TRAINING),
 ]
 SaveEvery = Annotated[int, _option(min=1, help="Steps between checkpoints.", panel=_TRAINING)]
 TensorBoard = Annotated[
@@ -198,14 +202,12 @@ ShardMemory = Annotated[
 
 CheckpointActivations = Annotated[
     bool,
-    _option(
-        "--checkpoint-activations", help="Less memory: compute layers again in the backward pass.", panel=_MACHINE
-    ),
+    _option("--checkpoint-activations", help="Less memory: compute layers again in the backward pass.", panel=_MACHINE),
 ]
 Compile = Annotated[bool, _option("--compile", help="Compile the layers that read no memory.", panel=_MACHINE)]
 Products = Annotated[
     Precision,
-    _option("--precision", help="Number format of matrix products; auto: what the hardware is fast at.", panel=_MACHINE),
+    _option("--precision", help="Format of matrix products; auto: what the hardware is fast at.", panel=_MACHINE),
 ]
 DeviceName = Annotated[Device, _option("--device", help="auto: the GPU where there is one.", panel=_MACHINE)]
 Json = Annotated[
@@ -216,21 +218,42 @@ Json = Annotated[
 
 Prompt = Annotated[str, _option(help="Text to continue.", panel=_GENERATION)]
 MaxNewTokens = Annotated[int, _option(min=0, help="Tokens generated at most.", panel=_GENERATION)]
+_SAMPLING = "Default: as the model's generation configuration says, else"
 Temperature = Annotated[
-    float,
-    _option(callback=_finite(least=0), help="Above 0 samples; 0 takes the most likely token.", panel=_GENERATION),
-]
-TopP = Annotated[
-    float,
+    float | None,
     _option(
-        callback=_finite(above=0, most=1),
-        help="Sample from the fewest tokens that have this probability together.",
+        callback=_finite(least=0),
+        help=f"Above 0 samples; 0 takes the most likely token. {_SAMPLING} {TEMPERATURE}.",
         panel=_GENERATION,
     ),
 ]
+TopP = Annotated[
+    float | None,
+    _option(
+        callback=_finite(above=0, most=1),
+        help=f"Sample from the likeliest tokens that together reach this probability. {_SAMPLING} {TOP_P}.",
+        panel=_GENERATION,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    _option(min=0, help=f"Sample from so many of the likeliest tokens; 0: all. {_SAMPLING} 0.", panel=_GENERATION),
+]
 RepetitionPenalty = Annotated[
-    float,
-    _option(callback=_finite(above=0), help="Above 1 discourages what was said; 1 is none.", panel=_GENERATION),
+    float | None,
+    _option(
+        callback=_finite(above=0),
+        help=f"Above 1 discourages what was said; 1 is none. {_SAMPLING} 1.",
+        panel=_GENERATION,
+    ),
+]
+StopAt = Annotated[
+    list[str] | None,
+    _option("--stop", help="End where this text begins, which is not shown; may be repeated.", panel=_GENERATION),
+]
+IgnoreEos = Annotated[
+    bool,
+    _option("--ignore-eos", help="Go on behind tokens that end the model's texts, and show them.", panel=_GENERATION),
 ]
 
 # Measuring
@@ -249,30 +272,22 @@ Sweep = Annotated[
 Providers = Annotated[
     str | None, _option(help="Parts of names, by commas: longmem,faiss. Default: all.", panel=_MEASURED)
 ]
-Sizes = Annotated[
-    str | None, _option("--shape", help="Other sizes than the base shape's: B=1,T=256.", panel=_MEASURED)
-]
+Sizes = Annotated[str | None, _option("--shape", help="Other sizes than the base shape's: B=1,T=256.", panel=_MEASURED)]
 DtypeName = Annotated[
     Dtype | None, _option("--dtype", help="Number format; default: the base shape's.", panel=_MEASURED)
 ]
 ScaleName = Annotated[
     Scale, _option("--scale", help="The paper's shapes or small ones; auto: the paper's on a GPU.", panel=_MEASURED)
 ]
-ModelName = Annotated[
-    BenchModel | None, _option("--model", help="Backbone of generate and train.", panel=_MEASURED)
-]
+ModelName = Annotated[BenchModel | None, _option("--model", help="Backbone of generate and train.", panel=_MEASURED)]
 Seconds = Annotated[
     float, _option(callback=_finite(above=0), help="Time that a row is measured for, about.", panel=_MEASURED)
 ]
 Minutes = Annotated[
     float | None, _option(callback=_finite(least=0), help="Begin nothing new after this time.", panel=_MEASURED)
 ]
-ProfileSteps = Annotated[
-    int, _option("--steps", min=1, help="Steps of each layer that are averaged.", panel=_MEASURED)
-]
-JsonFile = Annotated[
-    Path | None, _option("--json", help="Write the rows to this file; - is stdout.", panel=_TEXTS)
-]
+ProfileSteps = Annotated[int, _option("--steps", min=1, help="Steps of each layer that are averaged.", panel=_MEASURED)]
+JsonFile = Annotated[Path | None, _option("--json", help="Write the rows to this file; - is stdout.", panel=_TEXTS)]
 Plots = Annotated[Path | None, _option("--plots", help="Write PNGs to this folder.", panel=_TEXTS)]
 Keep = Annotated[bool, _option("--keep", help="Keep the rows under benchmarks/results/.", panel=_TEXTS)]
 TraceOut = Annotated[Path, _option("--out", help="Folder for one Chrome trace per layer.", panel=_TEXTS)]

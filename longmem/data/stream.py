@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longmem.data.documents import Document, Skipped, nothing_left
+from longmem.text import opened, opening_tokens
 
 IGNORE = -100  # what torch's cross entropy leaves out
 
@@ -32,15 +33,19 @@ class Batch:
 
 
 def tokenize_documents(
-    documents: Sequence[Document], tokenizer: Any, min_tokens: int = 1, *, add_special_tokens: bool = False
+    documents: Sequence[Document], tokenizer: Any, min_tokens: int = 1, *, add_special_tokens: bool = True
 ) -> tuple[list[Tensor], list[Skipped]]:
     """Token ids [n] int64 of each document, in order, by a Hugging Face tokenizer.
+
+    Each begins with the special tokens that the tokenizer puts before a text (`opening_tokens`), unless
+    `add_special_tokens` is off.
 
     Returns them and the documents that were left out because they have fewer than `min_tokens` tokens.
 
     Raises:
         ValueError: no document is long enough.
     """
+    opening = opening_tokens(tokenizer) if add_special_tokens else []
     kept: list[Tensor] = []
     skipped: list[Skipped] = []
     # Several at a time lets a fast tokenizer use all cores; not all at once, because it also returns offsets, which
@@ -50,11 +55,12 @@ def tokenize_documents(
         # Not verbose: a document longer than the model's window is the point here, nothing to be warned about.
         encoded = tokenizer(
             [item.text for item in group],
-            add_special_tokens=add_special_tokens,
+            add_special_tokens=False,
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
-        for item, ids in zip(group, encoded, strict=True):
+        for item, plain in zip(group, encoded, strict=True):
+            ids = opened(plain, opening) if plain else []
             if len(ids) < max(min_tokens, 1):
                 skipped.append(Skipped(item.name, f"{len(ids)} tokens, wanted at least {max(min_tokens, 1)}"))
             else:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from longmem.config import PRECISIONS
+from longmem.config import PRECISIONS, Precision
 
 Parallel = Literal["ddp", "fsdp"]
 Reset = Literal["document", "never"]
@@ -48,12 +48,12 @@ class TrainConfig:
     weight_decay: float = 0.0
     usage_weight: float = 0.0
     usage_target: float = 0.1
-    reset: str = "document"
+    reset: Reset = "document"
     save_every: int = 20
-    precision: str = "auto"
+    precision: Precision = "auto"
     checkpoint_activations: bool = False
     compile: bool = False
-    parallel: str = "ddp"
+    parallel: Parallel = "ddp"
     shard_memory: bool = False
     seed: int = 0
 
