@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from models import VOCABULARY
@@ -45,14 +47,12 @@ def texts(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str | Path) -> int:
-    """What the command exits with."""
-    before, sys.argv = sys.argv, ["longmem", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
+    """What the command exits with; this process's environment and arguments stay as they are."""
+    with patch.dict(os.environ), patch.object(sys, "argv", ["longmem", *map(str, arguments)]):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
     return 0
 
 

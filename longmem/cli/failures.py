@@ -179,7 +179,12 @@ def _extra_of(module: str) -> tuple[str, str | None]:
     for requirement in wanted:
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"extra\s*==\s*[\"']([^\"']+)", requirement)
-        if name and extra and name[0].lower().replace("_", "-") == package.lower().replace("_", "-"):
+        if (
+            name
+            and extra
+            and extra[1] not in ("test", "lint")
+            and name[0].lower().replace("_", "-") == package.lower().replace("_", "-")
+        ):
             return package, extra[1]
     return package, None
 
