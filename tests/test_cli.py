@@ -96,7 +96,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     monkeypatch.setattr("longmem.cli.commands.train_with_bar", interrupt)
     assert train(backbone, texts, tmp_path / "run") == 130
     assert capsys.readouterr().err.endswith(
-        "interrupted\nnothing was kept: there was no checkpoint yet (--save-every)\n"
+        "interrupted\nnothing was kept: there was no checkpoint yet\n"
     )
     (tmp_path / "run" / "checkpoint.safetensors").touch()
     assert "the same command goes on from there" in kept_of_training(tmp_path / "run")

@@ -47,10 +47,8 @@ def commands(group: typer.Typer = app, *path: str) -> Iterator[tuple[tuple[str, 
         for parameter in inspect.signature(function).parameters.values():
             kind, info = get_args(hints[parameter.name])[:2]
             if isinstance(info, OptionInfo):
-                kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-                kinds = tuple(
-                    get_args(one)[0] if get_origin(one) is list else one for one in kinds if one is not NoneType
-                )
+                union = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+                kinds = tuple(get_args(one)[0] if get_origin(one) is list else one for one in union)
                 name = next(iter(info.param_decls or ()), "--" + parameter.name.replace("_", "-"))
                 found.append(Option(name, kinds, info, parameter.default is parameter.empty))
         yield (*path, command.name or function.__name__), found

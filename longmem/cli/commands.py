@@ -96,7 +96,7 @@ def kept_of_training(out: Path) -> str:
     """What a training run in `out` that ended early has kept."""
     if any(path.suffix != ".part" for path in out.glob("checkpoint*")):
         return f"kept: the last checkpoint, in {out}; the same command goes on from there"
-    return "nothing was kept: there was no checkpoint yet (--save-every)"
+    return "nothing was kept: there was no checkpoint yet"
 
 
 def probe(

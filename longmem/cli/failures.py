@@ -60,16 +60,20 @@ def doing(what: str, kept: Callable[[], str] | None = None) -> Iterator[None]:
 
 def explained(work: Callable[[], None]) -> int:
     """Run a command and return its exit status, with every error printed in words."""
+    code = _explained(work) or _explained(_flush)
+    _drop_unwritten()
+    return code
+
+
+def _explained(work: Callable[[], None]) -> int:
     try:
         work()
-        _flush()
-        return 0
     except BaseException as error:
         ending = _ending(error)
         with contextlib.suppress(Exception):
             _say(ending, error)
-        _drop_unwritten()
         return ending.code
+    return 0
 
 
 def _say(ending: Ending, error: BaseException) -> None:
@@ -177,22 +181,17 @@ def _extra_of(module: str) -> tuple[str, str | None]:
     except PackageNotFoundError:
         wanted = []
     for requirement in wanted:
-        name = re.match(r"[\w.-]+", requirement)
-        extra = re.search(r"extra\s*==\s*[\"']([^\"']+)", requirement)
-        if (
-            name
-            and extra
-            and extra[1] not in ("test", "lint")
-            and name[0].lower().replace("_", "-") == package.lower().replace("_", "-")
-        ):
-            return package, extra[1]
+        found = re.match(r"([\w.-]+).*\bextra\s*==\s*[\"'](\w+)", requirement)
+        if found and found[1].lower().replace("_", "-") == package and found[2] not in _OF_DEVELOPERS:
+            return package, found[2]
     return package, None
 
 
-_FULL = "no room left on the disk; free some, and run the same command again"
+_OF_DEVELOPERS = ("test", "lint")
+_AGAIN = "; free some room, and run the same command again"
 _SYSTEM = {
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: "the disk quota is used up; free some room, and run the same command again",
+    errno.ENOSPC: "no room left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file would be larger than the system allows (ulimit -f)",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
@@ -229,8 +228,9 @@ def _of_the_system(error: BaseException) -> Ending | None:
     if number is None:
         return None
     place = f"{os.fsdecode(path)}: " if isinstance(path, (str, bytes)) else ""
-    environment = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE)
-    return Ending(f"{place}{_SYSTEM[number]}{_while(error)}", kept=environment)
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    machine = full or number in (errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE)
+    return Ending(f"{place}{_SYSTEM[number]}{_while(error)}{_AGAIN if full else ''}", kept=machine)
 
 
 _NETWORK = re.compile(
