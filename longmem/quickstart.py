@@ -78,7 +78,7 @@ def _run(out: Path, data: list[str] | None, steps: int, target: torch.device) ->
     write_json(out / "timing.json", [row.as_dict() for row in rows])
     print(f"\n{report.table()}\n\n{table(rows)}\n", flush=True)
     note(f"plots: {out}/perplexity.png {out}/timing.png; metrics: {out}/metrics.jsonl")
-    note(_next(out))
+    note(next_commands(out))
 
 
 def _timed(device: torch.device) -> list[Row]:
@@ -100,12 +100,12 @@ def _timed(device: torch.device) -> list[Row]:
     return rows
 
 
-def _next(out: Path) -> str:
-    """Commands to type next, as this one was called."""
+def next_commands(out: Path) -> str:
+    """Commands to type next, called as this one was."""
     called = Path(sys.argv[0])
-    command = "longmem" if shutil.which("longmem") else str(called)
-    if called.name != "longmem":
-        command = "python -m longmem"
+    command = str(called) if called.name == "longmem" else "python -m longmem"
+    if shutil.which("longmem") == str(called.absolute()):
+        command = "longmem"
     return (
         f"next, with texts of your own:\n"
         f'  {command} generate --run {out} --remember BOOK.txt --prompt "It was"\n'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 from command_line import WORDS, backbone, run, texts, train
 
+from longmem.backbones.load import load_backbone
+from longmem.bench.shapes import Shape
 from longmem.cli.commands import kept_of_training
+from longmem.quickstart import next_commands
 
 __all__ = ["WORDS", "backbone", "run", "texts", "train"]  # fixtures, and what other tests take from here
 
@@ -95,9 +99,7 @@ def test_an_interrupted_run_says_how_to_go_on(
 
     monkeypatch.setattr("longmem.cli.commands.train_with_bar", interrupt)
     assert train(backbone, texts, tmp_path / "run") == 130
-    assert capsys.readouterr().err.endswith(
-        "interrupted\nnothing was kept: there was no checkpoint yet\n"
-    )
+    assert capsys.readouterr().err.endswith("interrupted\nnothing was kept: there was no checkpoint yet\n")
     (tmp_path / "run" / "checkpoint.safetensors").touch()
     assert "the same command goes on from there" in kept_of_training(tmp_path / "run")
 
@@ -112,3 +114,34 @@ def test_skipped_files_are_named_with_the_reason(
     shown = capsys.readouterr().err
     for name, reason in (("empty.txt", "empty"), ("latin.txt", "UTF-8"), ("short.txt", "3 tokens, wanted at least 17")):
         assert any(name in line and reason in line for line in shown.splitlines()), (name, shown)
+
+
+def test_the_quick_start_runs_and_says_what_to_type_next(
+    backbone: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded, small = load_backbone(str(backbone)), Shape(B=1, T=4, H=2, G=2, D=32, M=32, K=4)
+    monkeypatch.setattr("longmem.quickstart.load_backbone", lambda *_: loaded)
+    monkeypatch.setattr("longmem.quickstart.SCORE_FROM", 512)
+    monkeypatch.setattr("longmem.quickstart.DOCUMENT_TOKENS", 800)
+    monkeypatch.setattr("longmem.quickstart.shapes_for", lambda *_, **__: [small])
+    for i in range(4):
+        (texts / f"{i}.txt").write_text(" ".join(WORDS[(i * 31 + j * 7) % 40] for j in range(900)), encoding="utf-8")
+    assert run("quickstart", "--data", texts, "--out", tmp_path / "out", "--steps", "2") == 0
+    shown = capsys.readouterr()
+    assert "memory - other memory" in shown.out and "chunk_topk [" in shown.out
+    assert "rows: 1 instead of 4" in shown.err
+    assert f"longmem generate --run {tmp_path / 'out'} --remember" in shown.err
+    done, total = re.findall(r"time memory_attention:.* (\d+)/(\d+) \[", shown.err)[-1]
+    assert done == total
+    for name in ("perplexity.png", "timing.png", "timing.json", "longmem.safetensors"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_the_next_command_is_the_one_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    for called, wanted in ((".venv/bin/longmem", ".venv/bin/longmem"), ("/x/longmem/__main__.py", "python -m longmem")):
+        monkeypatch.setattr(sys, "argv", [called])
+        assert f"  {wanted} eval --run out" in next_commands(Path("out"))
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/longmem")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/longmem"])
+    assert "  longmem eval --run out" in next_commands(Path("out"))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -380,3 +381,31 @@ def test_threads_are_quiet_and_pages_are_huge_unless_the_user_says_otherwise(mon
     # PyTorch must not have been there before.
     code = "import sys, longmem.cli\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def _failing() -> Iterator[str]:
+    raise MemoryError
+    yield
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_an_error_begins_on_a_line_of_its_own(
+    command: str,
+    backbone: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if command == "train":
+        monkeypatch.setattr("longmem.training.trainer.MetricsLog.write", Mock(side_effect=[None, MemoryError()]))
+        assert train(backbone, texts, tmp_path / "run") == 1
+        shown = capfd.readouterr()
+        assert "1/4 [" in shown.err and "\nerror: the machine has no memory while training" in shown.err
+        return
+    assert train(backbone, texts, tmp_path / "run") == 0
+    capfd.readouterr()
+    monkeypatch.setattr("longmem.cli.commands.generate_text", lambda *_, **__: chain([" w3"], _failing()))
+    assert run("generate", "--run", tmp_path / "run", "--prompt", "w1") == 1
+    shown = capfd.readouterr()
+    assert shown.out == "w1 w3\n" and "\nerror: the machine has no memory while generating" in shown.err

@@ -127,7 +127,9 @@ def _bars(panel: Any, group: list[Row]) -> None:
     panel.set_yticks(range(len(rows)), [name_of(row) for row in rows], fontsize=8)
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.set_xlim(0, limit)
-    legend = "time per call, ms (median, whiskers p20 to p80);  x: the fastest baseline's time over ours;  * a bound: less, or near"
+    legend = (
+        "time per call, ms (median, p20 to p80);  x: the fastest baseline's time over ours;  * a bound: less, or near"
+    )
     panel.set_xlabel("\n".join([legend, *_not_timed(group)]), fontsize=7, loc="left")
     panel.tick_params(axis="x", labelsize=7)
     heading = textwrap.wrap(f"{group[0].op} [{group[0].shape} {group[0].dtype}]", 88)
