@@ -167,10 +167,15 @@ def generate_text(
         options: see `LongMem.generate`.
 
     Raises:
-        ValueError: a prompt without a token, an empty `stop`, or options that `LongMem.generate` refuses.
+        ValueError: a prompt without a token or that is not UTF-8, an empty `stop`, or options that `LongMem.generate`
+            refuses.
     """
     if "" in stop:
         raise ValueError("generate_text: a stop string must not be empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # a command line of other bytes
+        raise ValueError(f"generate_text: the prompt is not UTF-8, from character {error.start} on") from None
     opening = opening_tokens(tokenizer) if model.config.special_tokens == "auto" else []
     plain = _ids(tokenizer, prompt, add_special_tokens=False)
     ids = opened(plain, opening)

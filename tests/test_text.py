@@ -195,8 +195,14 @@ def test_generation_ends_at_every_stop_token_and_stop_text(
         (moved / "generation_config.json").unlink()
         stopped = shown(capsys, *arguments, "--ignore-eos", "--stop", "never", "--stop", " " + end)
         assert stopped.rstrip("\n") == " ".join(free[:first])
-    assert run("generate", *arguments, "--stop", "") != 0
-    assert "a stop string must not be empty" in capsys.readouterr().err
+    for wrong, message in (
+        (["--stop", ""], "a stop string must not be empty"),
+        (["--prompt", "w1 caf\udce9"], "the prompt is not UTF-8, from character 6"),
+        (["--prompt", " ", "--special-tokens", "none"], "holds no token"),
+        (["--top-k", "-1"], "top_k must be 0 (all tokens) or more, got -1"),
+    ):
+        assert run("generate", *arguments, *wrong) != 0
+        assert message in capsys.readouterr().err
 
 
 def test_the_generation_configuration_says_how_to_sample() -> None:
