@@ -27,7 +27,7 @@ from .data.stream import tokenize_documents
 from .evaluate.perplexity import PerplexityReport, perplexity
 from .evaluate.plots import plot_perplexity, plot_recall
 from .evaluate.probe import ProbePlan, ProbeReport, probe_layers
-from .files import replace_file
+from .files import save_text
 from .memory import MemoryBank
 from .model import LongMem
 from .precision import autocast, resolve_precision
@@ -292,7 +292,7 @@ def save_report(report: PerplexityReport, folder: Path, title: str, **about: Any
 
 def write_json(path: Path, content: Any) -> None:
     """Replace the file by `content` as JSON."""
-    replace_file(path, f"{json_text(content)}\n".encode())
+    save_text(path, json_text(content) + "\n")
 
 
 def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) -> tuple[RecallReport, dict[str, Any]]:

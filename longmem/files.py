@@ -49,13 +49,13 @@ def load_tensors(
         raise ValueError(f"{kind}: {path} is no whole safetensors file ({error})") from None
 
 
-def replace_file(path: str | Path, content: bytes) -> None:
-    """Write a small file. `path` holds the old content or the new, never half."""
+def save_text(path: str | Path, text: str) -> None:
+    """Write a small file. `path` holds the old text or the new, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        unfinished.write_bytes(content)
+        unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)

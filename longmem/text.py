@@ -30,18 +30,16 @@ def opening_tokens(tokenizer: Any) -> list[int]:
     What it puts behind a text (the end token of a T5) is not among them: a text that goes on has no end.
 
     Raises:
-        ValueError: it adds special tokens, but has no token that is not special to tell before from behind by.
+        ValueError: it adds tokens, but has no other one to tell before from behind by.
     """
-    if not _ids(tokenizer, ""):
+    added = set(_ids(tokenizer, ""))
+    if not added:
         return []
-    special = set(tokenizer.all_special_ids)
-    vocabulary = (tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special)
+    vocabulary = (tokenizer.decode([i]) for i in range(len(tokenizer)))
     for probe in chain(("a", "0"), islice(vocabulary, 1000)):
         plain, full = _ids(tokenizer, probe, add_special_tokens=False), _ids(tokenizer, probe)
-        if plain and special.isdisjoint(plain):
-            for count in range(len(full) - len(plain) + 1):
-                if full[count : count + len(plain)] == plain:
-                    return full[:count]
+        if plain and added.isdisjoint(plain):
+            return full[: full.index(plain[0])]
     raise ValueError(
         f"opening_tokens: cannot tell what {type(tokenizer).__name__} puts before a text from what it puts behind it"
     )
@@ -138,7 +136,7 @@ class NewText:
         """The number of tokens at the end whose text may still change."""
         # One byte that does not fit makes a whole run of byte tokens unreadable.
         names = self.tokenizer.convert_ids_to_tokens(self._ids[::-1])
-        run = next((i for i, name in enumerate(names) if not _BYTE_TOKEN.fullmatch(name or "")), len(names))
+        run = next((i for i, name in enumerate(names) if not _BYTE_TOKEN.fullmatch(str(name))), len(names))
         return max(run, _CLEAN_UP_TOKENS if self._cleans_up else 0)
 
     def _forget(self) -> None:
@@ -169,10 +167,15 @@ def generate_text(
         options: see `LongMem.generate`.
 
     Raises:
-        ValueError: a prompt without a token, an empty `stop`, or options that `LongMem.generate` refuses.
+        ValueError: a prompt without a token or that is not UTF-8, an empty `stop`, or options that `LongMem.generate`
+            refuses.
     """
     if "" in stop:
         raise ValueError("generate_text: a stop string must not be empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # a command line of other bytes
+        raise ValueError(f"generate_text: the prompt is not UTF-8, from character {error.start} on") from None
     opening = opening_tokens(tokenizer) if model.config.special_tokens == "auto" else []
     plain = _ids(tokenizer, prompt, add_special_tokens=False)
     ids = opened(plain, opening)

@@ -257,7 +257,6 @@ def test_what_needs_no_model_is_checked_before_one_is_loaded(
         (["eval", *trained, "--data", texts, "--out", file], "cannot be a folder"),
         (["eval", *trained, "--data", texts, "--document-tokens", "99"], "nothing would be scored"),
         (["generate", *trained, "--prompt", "w1", "--remember", "/nope"], "no file or folder /nope"),
-        (["generate", *trained, "--prompt", ""], "--prompt is empty"),
         (["recall", "--out", file], "cannot be a folder"),
         (["quickstart", "--data", "/nope"], "no file or folder /nope"),
         (["quickstart", "--out", file], "cannot be a folder"),

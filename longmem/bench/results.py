@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from longmem.files import replace_file
+from longmem.files import save_text
 
 from . import environment
 from .measure import Row
@@ -63,7 +63,7 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         path = Path(path)
-        replace_file(path, f"{self.text()}\n".encode())
+        save_text(path, self.text() + "\n")
         return path
 
     def text(self) -> str:

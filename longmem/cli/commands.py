@@ -208,8 +208,6 @@ def generate(
     """Continue a prompt; the arguments are the options' values."""
     read_run(run)
     check_sources(remember or [])
-    if not prompt:
-        raise ValueError("--prompt is empty: there is nothing to continue")
     with results(json) as show, doing("generating"):
         model, tokenizer = load_run(run, device, backbone, memory_tokens=memory_tokens, special_tokens=special_tokens)
         memory = model.new_memory(rows=1)

@@ -184,7 +184,7 @@ TensorBoard = Annotated[
     bool, _option("--tensorboard", help="Log for TensorBoard too, in OUT/tensorboard.", panel=_TRAINING)
 ]
 Seed = Annotated[
-    int, _option(min=0, max=2**63 - 1, help="Seed of everything random.", panel=_TRAINING, show_default=True)
+    int, _option(min=0, max=2**32 - 1, help="Seed of everything random.", panel=_TRAINING, show_default=True)
 ]
 
 # Several processes
