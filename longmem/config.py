@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .files import check_fields, fields_of
 
-SIDENETS = ("none", "exact", "paper")
+# Each choice is written once, here: checks, messages and the command line's help take it from these types.
+SideNetKind = Literal["none", "exact", "paper"]
+Trainable = Literal["read", "all"]
+Fusion = Literal["joint", "gated"]
+Scope = Literal["row", "shared"]
+Precision = Literal["auto", "float32", "bfloat16"]
+SpecialTokens = Literal["auto", "none"]
+
+SIDENETS: tuple[str, ...] = get_args(SideNetKind)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
@@ -31,19 +40,22 @@ class LongMemConfig:
         memory_tokens: capacity of a row's memory.
         segment: T, tokens encoded at once; also the local context.
         scope: "row" or "shared", see `MemoryBank`.
+        special_tokens: "auto": texts begin with the special tokens that the backbone's tokenizer puts there. "none":
+            without.
     """
 
     memory_layers: tuple[int, ...]
-    sidenet: str = "none"
+    sidenet: SideNetKind = "none"
     reduction: int = 2
-    trainable: str = "read"
-    fusion: str = "joint"
+    trainable: Trainable = "read"
+    fusion: Fusion = "joint"
     gate_start: float = 0.0
     chunk_size: int = 4
     chunks_per_query: int = 16
     memory_tokens: int = 16_384
     segment: int = 256
-    scope: str = "row"
+    scope: Scope = "row"
+    special_tokens: SpecialTokens = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_layers", tuple(self.memory_layers))  # JSON has lists
@@ -75,6 +87,8 @@ class LongMemConfig:
             wrong.append('trainable="all" needs a SideNet: without one there is nothing but the read')
         if self.fusion not in ("joint", "gated"):
             wrong.append(f"fusion must be joint or gated, got {self.fusion!r}")
+        if self.special_tokens not in ("auto", "none"):
+            wrong.append(f"special_tokens must be auto or none, got {self.special_tokens!r}")
         for name in ("chunk_size", "chunks_per_query", "segment"):
             if getattr(self, name) < 1:
                 wrong.append(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -92,4 +106,5 @@ class LongMemConfig:
     def from_dict(cls, values: dict[str, Any]) -> LongMemConfig:
         """Raises ValueError naming fields that are missing, unknown or of another type."""
         wanted, optional = fields_of(cls)
-        return cls(**check_fields("LongMemConfig", values, wanted, optional=optional))
+        checked = check_fields("LongMemConfig", values, wanted, optional=optional)
+        return cls(**({"special_tokens": "none"} | checked))  # saved without it: trained before there were any

@@ -1,22 +1,25 @@
-"""What the commands share: choosing and loading things, saying what runs, progress bars, reports."""
+"""What the commands share: checking, choosing and loading things, saying what runs, progress bars, reports."""
 
 from __future__ import annotations
 
-import json
+import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from tqdm import tqdm
 
 from longmem_kernels.info import report as kernels_report
 
 from .backbones import Backbone
-from .backbones.load import load_backbone
+from .backbones.load import find_backbone, load_backbone
+from .cli.failures import doing
+from .cli.output import json_text, note
 from .data.documents import (
     CORPORA,
     Document,
@@ -30,16 +33,38 @@ from .data.stream import tokenize_documents
 from .evaluate.perplexity import PerplexityReport, perplexity
 from .evaluate.plots import plot_perplexity, plot_recall
 from .evaluate.probe import ProbePlan, ProbeReport, probe_layers
-from .files import check_fields, load_json
+from .files import check_fields, load_json, save_text
 from .memory import MemoryBank
 from .model import ABOUT, CONFIG, LongMem
 from .precision import autocast, resolve_precision
 from .states import StateSource
 from .tasks.recall import RecallConfig, RecallReport, run_recall
+from .training.config import TrainConfig
 from .training.trainer import Trainer
 
 SHOW_READING = 20_000_000  # bytes of files from which reading them has a progress bar
 SHOW_SKIPPED = 50  # reasons that are printed one by one
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where `folder` cannot be made or written to; makes nothing."""
+    for place in (folder, *folder.absolute().parents):
+        if place.is_dir():
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise ValueError(f"{folder} cannot be written: permission denied, or a read-only file system")
+            return
+        if place.exists():
+            raise ValueError(f"{folder} cannot be a folder: {place} is a file")
+
+
+def check_sources(data: Sequence[str]) -> None:
+    """Raises FileNotFoundError or ValueError where `data` names what is neither a corpus nor a file, folder or pattern
+    that can be read: before a model is loaded for it."""
+    for name in data:
+        try:
+            find_files([] if name in CORPORA else [name])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}, nor a corpus of that name ({', '.join(CORPORA)})") from None
 
 
 def choose_device(device: str) -> torch.device:
@@ -53,28 +78,58 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_run(run: Path, device: str, **changes: Any) -> tuple[LongMem, Any]:
-    """The model in `run`, and its tokenizer. `changes`: see `LongMem.from_pretrained`; None changes nothing."""
+def load_named(backbone: str, device: torch.device) -> tuple[Backbone, Any]:
+    """A backbone and its tokenizer, see `load_backbone`."""
+    with doing(f"loading the backbone {backbone!r}"):
+        return load_backbone(backbone, device)
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """What config.json in `run` says: at least the keys of `ABOUT`.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
     about = run / CONFIG
-    if not about.exists():
+    if not about.is_file():
         raise ValueError(f"no trained LongMem in {run}: config.json is missing (longmem train --out {run} makes one)")
-    name = check_fields(f"longmem model: {about}", load_json(about, "longmem model"), ABOUT, others=True)["backbone"]
-    backbone, tokenizer = load_backbone(name, choose_device(device))
+    return check_fields(f"longmem model: {about}", load_json(about, "longmem model"), ABOUT, others=True)
+
+
+def load_run(run: Path, device: str, backbone: str | None = None, **changes: Any) -> tuple[LongMem, Any]:
+    """The model in `run`, and its tokenizer.
+
+    Args:
+        backbone: what to load as its backbone; None: what it was trained on, where `find_backbone` finds it.
+        changes: see `LongMem.from_pretrained`; None changes nothing.
+    """
+    saved = read_run(run)
+    name = backbone or find_backbone(saved["backbone"], saved.get("backbone_place", {}), run)
+    frozen, tokenizer = load_named(name, choose_device(device))
     changes = {name: value for name, value in changes.items() if value is not None}
-    return LongMem.from_pretrained(run, backbone, **changes), tokenizer
+    with doing(f"loading the run {run}"):
+        return LongMem.from_pretrained(run, frozen, **changes), tokenizer
 
 
 def load_documents(
-    data: Sequence[str], split: str, tokenizer: Any, *, min_tokens: int, cut: int | None = None
+    data: Sequence[str],
+    split: str,
+    tokenizer: Any,
+    *,
+    min_tokens: int,
+    cut: int | None = None,
+    special_tokens: str = "auto",
 ) -> list[torch.Tensor]:
     """Token ids [n] int32 of named corpora (`split` of them, or "all") and of files, saying what is left out and why.
 
     Files and texts that come twice are used once. At most `cut` tokens of a document are kept, and tokenised.
+    `special_tokens`: see `LongMemConfig`.
 
     Raises:
         FileNotFoundError, ValueError: a path does not exist, is of no known kind, or nothing can be used.
     """
     seen: set[Any] = set()
+    special = special_tokens == "auto"
     sources = [name if name in CORPORA else find_files([name], seen) for name in dict.fromkeys(data)]
     paths = [entry for source in sources if not isinstance(source, str) for entry in source]
     size = sum(_size(entry) for entry in paths)
@@ -87,14 +142,16 @@ def load_documents(
                 else:
                     yield from iter_documents(source, told=bar.update)
 
-        tokens, skipped = tokenize_documents(documents(), tokenizer, min_tokens, cut=cut, distinct=True)
+        tokens, skipped = tokenize_documents(
+            documents(), tokenizer, min_tokens, add_special_tokens=special, cut=cut, distinct=True
+        )
     for item in skipped[:SHOW_SKIPPED]:
-        typer.echo(f"skipped {item.name}: {item.reason}", err=True)
+        note(f"skipped {item.name}: {item.reason}")
     if len(skipped) > SHOW_SKIPPED:
-        typer.echo(f"and {len(skipped) - SHOW_SKIPPED:,} more", err=True)
+        note(f"and {len(skipped) - SHOW_SKIPPED:,} more")
     left_out = sum(item.count for item in skipped)
     of = f" of {len(tokens) + left_out:,}" if left_out else ""
-    typer.echo(f"{split}: {len(tokens):,} documents{of}, {sum(map(len, tokens)):,} tokens", err=True)
+    note(f"{split}: {len(tokens):,} documents{of}, {sum(map(len, tokens)):,} tokens")
     return tokens
 
 
@@ -106,7 +163,7 @@ def _size(entry: Path | Skipped) -> int:
 
 
 def split_documents(
-    data: list[str], tokenizer: Any, held_out: int, *, min_tokens: int
+    data: list[str], tokenizer: Any, held_out: int, *, min_tokens: int, special_tokens: str = "auto"
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Documents to train on and to measure on: the splits of named corpora or, where there are files among them, all
     but the last `held_out` documents.
@@ -117,9 +174,12 @@ def split_documents(
     if held_out < 1:
         raise ValueError(f"wanted at least 1 document to hold out, got {held_out}")
     if all(name in CORPORA for name in data):
-        train = load_documents(data, "train", tokenizer, min_tokens=min_tokens)
-        return train, load_documents(data, "test", tokenizer, min_tokens=min_tokens)[:held_out]
-    documents = load_documents(data, "all", tokenizer, min_tokens=min_tokens)
+        train, test = (
+            load_documents(data, split, tokenizer, min_tokens=min_tokens, special_tokens=special_tokens)
+            for split in ("train", "test")
+        )
+        return train, test[:held_out]
+    documents = load_documents(data, "all", tokenizer, min_tokens=min_tokens, special_tokens=special_tokens)
     if len(documents) <= held_out:
         raise ValueError(
             f"wanted more than {held_out} documents of {min_tokens} tokens or more ({held_out} are held out), got"
@@ -136,22 +196,24 @@ def announce(model: LongMem, precision: str) -> None:
     info = kernels_report()
     kernels = ", ".join(f"{op}: {entry['auto'][device.type]}" for op, entry in info["ops"].items())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else info["devices"]["cpu"]["model"]
-    typer.echo(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; kernels: {kernels}", err=True)
-    typer.echo(
+    note(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; kernels: {kernels}")
+    note(
         f"backbone {model.backbone.name}: {total:,} frozen parameters; {trainable:,} trained"
-        f" ({trainable / total:.2%}); matrix products in {resolve_precision(precision, device)}",
-        err=True,
+        f" ({trainable / total:.2%}); matrix products in {resolve_precision(precision, device)}"
     )
 
 
-def train_with_bar(trainer: Trainer) -> None:
+def train_with_bar(trainer: Trainer) -> dict[str, float]:
+    """Train to the last step. Returns the metrics of the last step that was run; empty where none was left to run."""
+    last: dict[str, float] = {}
     if trainer.step:
-        typer.echo(f"continuing from step {trainer.step}", err=True)
+        note(f"continuing from step {trainer.step}")
         for name, (old, new) in trainer.changed.items():
-            typer.echo(f"{name.removeprefix('train.')}: {new} from here on, {old} before", err=True)
+            note(f"{name.removeprefix('train.')}: {new} from here on, {old} before")
     with tqdm(total=trainer.config.steps, initial=trainer.step, desc="train", unit="step") as bar:
 
         def report(metrics: dict[str, float]) -> None:
+            last.update(metrics)
             shown = {
                 "loss": f"{metrics['loss']:.3f}",
                 "tok/s": f"{metrics['tokens_per_second']:.0f}",
@@ -162,14 +224,62 @@ def train_with_bar(trainer: Trainer) -> None:
             bar.update()
 
         trainer.run(report)
+    return last
 
 
-def remember_with_bar(model: LongMem, document: torch.Tensor, memory: MemoryBank) -> None:
-    with tqdm(total=len(document), desc="remember", unit="tok", unit_scale=True) as bar:
-        for piece in document[None].split(model.config.segment, 1):
+def fitting_rows(rows: int | None, documents: int, processes: int = 1) -> int:
+    """Documents that are read side by side in each process: `rows`, or by default no more than there are. Says so."""
+    each = max(1, documents // processes)
+    if rows is None:
+        fitting = min(TrainConfig.rows, each)
+        if fitting < TrainConfig.rows:
+            note(f"rows: {fitting} instead of {TrainConfig.rows}, one for each document")
+        return fitting
+    if rows > each:
+        note(f"rows: {rows} for {each} documents: some are read by several rows at once, at the cost of each")
+    return rows
+
+
+def remember_with_bar(model: LongMem, documents: Sequence[torch.Tensor], memory: MemoryBank) -> None:
+    """Read documents into memory, one after another, and say what of them it holds.
+
+    What the end of the texts would overwrite is not read at all.
+    """
+    total, capacity, segment = sum(map(len, documents)), model.config.memory_tokens, model.config.segment
+    unread, pieces = max(0, total - capacity), []
+    for document in documents:
+        # Segments stay as they would be: each is encoded alone.
+        begin = min(unread, len(document)) // segment * segment
+        unread -= min(unread, len(document))
+        pieces += document[None, begin:].split(segment, 1)
+    with tqdm(total=sum(piece.shape[1] for piece in pieces), desc="remember", unit="tok", unit_scale=True) as bar:
+        for piece in pieces:
             with autocast("auto", model.backbone.device):
                 model.remember(piece.long().to(model.backbone.device), memory)
             bar.update(piece.shape[1])
+    stats = memory.stats()
+    if total > capacity:
+        note(
+            f"remembered the last {stats['tokens']:,.0f} of {total:,} tokens: memory holds no more"
+            f" (--memory-tokens {-(-total // 1024) * 1024} would hold all)"
+        )
+    note(f"memory: {stats['tokens']:.0f} tokens, {stats['fill']:.0%} full")
+
+
+def show_text(prompt: str, pieces: Iterable[str]) -> None:
+    """Write the text to standard output as it comes, and a line end behind it, whatever happens meanwhile.
+
+    As bytes: text streams leave control characters out, or refuse what the terminal's encoding lacks, in a pipe and not
+    on a terminal, or the other way about.
+    """
+    out = sys.stdout.buffer
+    try:
+        for piece in chain([prompt], pieces):
+            out.write(piece.encode("utf-8", errors="replace"))
+            out.flush()
+    finally:
+        out.write(b"\n")
+        out.flush()
 
 
 def evaluate_with_bar(
@@ -194,9 +304,8 @@ def evaluate_with_bar(
         )
 
 
-def save_report(report: PerplexityReport, folder: Path, title: str, **about: Any) -> None:
-    """perplexity.json, with `about`, and perplexity.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_report(report: PerplexityReport, folder: Path, title: str, **about: Any) -> dict[str, Any]:
+    """Write perplexity.json and perplexity.png. Returns what the first holds: the scores, and `about`."""
     scores = {
         name: {"perplexity": score.perplexity, "nats": asdict(score), "vs_backbone": asdict(gain)}
         for name, score, gain in report.rows()
@@ -205,18 +314,30 @@ def save_report(report: PerplexityReport, folder: Path, title: str, **about: Any
         f"memory - {other}": asdict(report.difference("memory", other)) for other in ("empty memory", "other memory")
     }
     content = {"tokens": report.tokens, "scores": scores, "differences": differences, **about}
-    (folder / "perplexity.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "perplexity.json", content)
     plot_perplexity(report, folder / "perplexity.png", f"{title}; {report.tokens:,} held-out tokens")
-    typer.echo(f"wrote {folder}/perplexity.json and {folder}/perplexity.png", err=True)
+    note(f"wrote {folder}/perplexity.json and {folder}/perplexity.png")
+    return content
 
 
-def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) -> RecallReport:
-    """Run the task; write recall.json and recall.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_json(path: Path, content: Any) -> None:
+    """Replace the file by `content` as JSON."""
+    save_text(path, json_text(content) + "\n")
+
+
+def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) -> tuple[RecallReport, dict[str, Any]]:
+    """Run the task; write recall.json and recall.png. Returns the report and what recall.json holds."""
     began = time.perf_counter()
-    with tqdm(desc="recall", unit="step") as bar:
+    first, total = next(iter(config.stages())), sum(config.stages().values())
+    spared = config.stages()[first]  # steps that the first stage turned out not to need
+    with tqdm(total=total, desc="recall", unit="step") as bar:
 
         def report(stage: str, value: float) -> None:
+            nonlocal spared
+            if stage == first:
+                spared -= 1
+            else:
+                bar.total = total - spared
             bar.set_description(stage, refresh=False)
             bar.set_postfix({"now": f"{value:.3f}"}, refresh=False)
             bar.update()
@@ -229,10 +350,10 @@ def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) ->
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    (folder / "recall.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "recall.json", content)
     plot_recall(found, folder / "recall.png", f"Associative recall, {config.capacity:,} tokens of memory")
-    typer.echo(f"wrote {folder}/recall.json and {folder}/recall.png", err=True)
-    return found
+    note(f"wrote {folder}/recall.json and {folder}/recall.png")
+    return found, content
 
 
 def probe_with_bars(
@@ -241,8 +362,8 @@ def probe_with_bars(
     training: list[torch.Tensor],
     held_out: list[torch.Tensor],
     plan: ProbePlan,
-) -> ProbeReport:
-    """Probe the layers; write probe.json."""
+) -> tuple[ProbeReport, dict[str, Any]]:
+    """Probe the layers; write probe.json. Returns the report and what probe.json holds."""
     tokens = sum(map(len, [*training, *held_out]))
     segments = min((len(document) - 1) // plan.config.segment for document in held_out) * len(held_out)
     steps = len(candidates) * (plan.train.steps + segments)
@@ -257,6 +378,7 @@ def probe_with_bars(
 
         report = probe_layers(backbone, candidates, training, held_out, plan, encoded=encoding.update, progress=told)
     about = {"backbone": backbone.name, "train": asdict(plan.train), "config": plan.config.to_dict()}
-    (plan.folder / "probe.json").write_text(json.dumps(report.as_dict() | about, indent=2) + "\n")
-    typer.echo(f"wrote {plan.folder}/probe.json", err=True)
-    return report
+    content = report.as_dict() | about
+    write_json(plan.folder / "probe.json", content)
+    note(f"wrote {plan.folder}/probe.json")
+    return report, content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -111,32 +112,42 @@ class Sampler:
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
     repetition_penalty: float = 1.0
     generator: torch.Generator | None = None
     logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"generate: wanted temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}"
             )
-        if not self.repetition_penalty > 0:
+        if self.top_k < 0:
+            raise ValueError(f"generate: top_k must be 0 (all tokens) or more, got {self.top_k}")
+        if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"generate: repetition_penalty must be above 0, got {self.repetition_penalty}")
 
     def __call__(self, logits: Tensor, history: History) -> Tensor:
         """Next tokens [B] from logits [B, vocabulary]."""
+        # Here, since importing it takes seconds, and a model that is not from transformers may do without.
+        from transformers import (
+            RepetitionPenaltyLogitsProcessor,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
         if self.repetition_penalty != 1:
-            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(history.seen(logits.shape[1]), penalised, logits)
+            logits = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))(history.unpadded, logits)
         if self.logits_processor is not None:
             logits = self.logits_processor(history.ids, logits)
         if self.temperature == 0:
             return logits.argmax(-1)
-        probability, order = (logits.float() / self.temperature).softmax(-1).sort(dim=-1, descending=True)
-        # A token is kept while what comes before it has not reached top_p: the first always is.
-        probability = probability.masked_fill(probability.cumsum(-1) - probability >= self.top_p, 0.0)
-        choice = torch.multinomial(probability, 1, generator=self.generator)
-        return order.gather(-1, choice).squeeze(-1)
+        logits = TemperatureLogitsWarper(float(self.temperature))(history.ids, logits.float())
+        if self.top_k:
+            logits = TopKLogitsWarper(self.top_k)(history.ids, logits)
+        probability = TopPLogitsWarper(self.top_p)(history.ids, logits).softmax(-1)
+        return torch.multinomial(probability, 1, generator=self.generator).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -171,30 +182,12 @@ class History:
     """The rows' tokens so far."""
 
     def __init__(self, tokens: Tensor, mask: Tensor | None) -> None:
-        self._ids, self._mask = [tokens], None if mask is None else mask.bool()
-        self._seen: Tensor | None = None
-
-    @property
-    def ids(self) -> Tensor:
-        """[B, n + generated], padding included."""
-        self._ids = [torch.cat(self._ids, 1)]
-        return self._ids[0]
-
-    def seen(self, vocabulary: int) -> Tensor:
-        """[B, vocabulary] bool, the tokens that each row has had, padding not included."""
-        if self._seen is None:
-            ids = self.ids
-            seen = torch.zeros(len(ids), vocabulary, dtype=torch.int32, device=ids.device)
-            counted = torch.ones_like(ids, dtype=torch.int32)
-            if self._mask is not None:
-                counted[:, : self._mask.shape[1]] = self._mask
-            self._seen = seen.scatter_add_(1, ids, counted) > 0
-        return self._seen
+        self.ids = tokens  # [B, n + generated], padding included
+        # The same with a token that the row has had in place of its padding.
+        self.unpadded = tokens if mask is None else torch.where(mask.bool(), tokens, tokens[:, -1:])
 
     def append(self, chosen: Tensor) -> None:
-        self._ids.append(chosen[:, None])
-        if self._seen is not None:
-            self._seen.scatter_(1, chosen[:, None], True)
+        self.ids, self.unpadded = (torch.cat([ids, chosen[:, None]], 1) for ids in (self.ids, self.unpadded))
 
 
 @torch.no_grad()
@@ -208,9 +201,10 @@ def decode(
     stop: Stop,
 ) -> Iterator[Tensor]:
     """The loop of `LongMem.generate`."""
-    decoder, history = SegmentDecoder(model, memory, len(tokens)), History(tokens, mask)
+    decoder = SegmentDecoder(model, memory, len(tokens))
     finished: set[int] = set()
     logits = decoder.prompt(tokens, mask)
+    history = History(tokens, mask)
     for remaining in range(max_new_tokens, 0, -1):
         chosen = sampler(logits, history)
         if finished:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones.base import Backbone, States
-from .backbones.load import load_backbone
+from .backbones.load import find_backbone, load_backbone, place_of
 from .config import LongMemConfig
 from .data.stream import IGNORE
 from .files import check_tensors, load_tensors, naming, save_tensors, save_text, short, show
@@ -24,7 +24,7 @@ from .sidenet import SideNet
 
 _KIND, _WEIGHTS, CONFIG = "longmem model", "longmem.safetensors", "config.json"
 ABOUT = {"config": dict, "backbone": str, "fingerprint": str}  # in both files
-_CHANGEABLE = {"segment", "memory_tokens", "chunks_per_query", "chunk_size", "scope"}
+_CHANGEABLE = {"segment", "memory_tokens", "chunks_per_query", "chunk_size", "scope", "special_tokens"}
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,7 @@ class LongMem(nn.Module):
         pad: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         repetition_penalty: float = 1.0,
         generator: torch.Generator | None = None,
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -199,9 +200,10 @@ class LongMem(nn.Module):
             mask: [B, n], zero (False) at padding, which must be on the left: it is neither seen, nor stored, nor
                 counted. A tokenizer's attention mask, with `padding_side="left"`.
             eos: the token, or tokens, that end a row. From then on it yields `pad` (default: the smallest of `eos`),
-                and generation ends when all rows have.
+                and generation ends when all rows have. A model's own: `longmem.text.stop_tokens`.
             temperature: 0 takes the most likely token; otherwise samples from the logits divided by it.
             top_p: samples from the smallest set of tokens whose probability reaches it.
+            top_k: samples from so many most likely tokens; 0: from all.
             repetition_penalty: divides the positive and multiplies the negative logits of tokens that the row has had
                 already (Keskar et al. 2019); 1 changes nothing.
             logits_processor: `(ids [B, n + generated], logits [B, vocabulary]) -> logits`, after the penalty and before
@@ -218,15 +220,16 @@ class LongMem(nn.Module):
                 f" {max_new_tokens}"
             )
         self._check(tokens[:, : self.config.segment], memory)
-        sampler = Sampler(temperature, top_p, repetition_penalty, generator, logits_processor)
+        sampler = Sampler(temperature, top_p, top_k, repetition_penalty, generator, logits_processor)
         return decode(self, tokens, memory, mask, max_new_tokens, sampler, Stop.at(eos, pad, stopping_criteria))
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write config.json and longmem.safetensors: what is trained. The backbone is named, and what the SideNet
         copies from it and keeps frozen is copied again. `weights`: the SideNet's `state_dict`, where the parameters
         themselves are in pieces (FSDP)."""
-        about = {"config": self.config.to_dict(), "backbone": self.backbone.name, "fingerprint": self.fingerprint}
         folder, trained = Path(folder), self.trainable()
+        about = {"config": self.config.to_dict(), "backbone": self.backbone.name, "fingerprint": self.fingerprint}
+        about["backbone_place"] = place_of(self.backbone.name, folder)
         found = trained if weights is None else weights
         save_tensors(folder / _WEIGHTS, {name: found[name].detach().cpu() for name in trained}, _KIND, about)
         save_text(folder / CONFIG, json.dumps(about, indent=2) + "\n")
@@ -252,7 +255,8 @@ class LongMem(nn.Module):
         weights, about = load_tensors(file, _KIND, header=ABOUT)
         if backbone is None:
             try:
-                backbone, _ = load_backbone(about["backbone"], device)
+                place = about.get("backbone_place", {})
+                backbone, _ = load_backbone(find_backbone(about["backbone"], place, Path(folder)), device)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"LongMem.from_pretrained: {folder} needs the backbone {about['backbone']!r}, which cannot be"

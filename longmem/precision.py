@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+from .config import PRECISIONS
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

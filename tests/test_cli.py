@@ -4,64 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from models import VOCABULARY
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from command_line import WORDS, backbone, run, texts, train
 
-from longmem import cli
+from longmem.backbones.load import load_backbone
+from longmem.bench.shapes import Shape
+from longmem.cli.commands import kept_of_training
+from longmem.quickstart import next_commands
 
-WORDS = [f"w{i}" for i in range(VOCABULARY - 1)]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with a word tokenizer, saved as transformers saves models."""
-    folder = tmp_path_factory.mktemp("backbone")
-    words = {word: i for i, word in enumerate(["<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for i in range(3):
-        (folder / f"{i}.txt").write_text(" ".join(WORDS[(i * 31 + j * 7) % 40] for j in range(200)), encoding="utf-8")
-    return folder
-
-
-def run(*arguments: str | Path) -> int:
-    """What the command exits with."""
-    before, sys.argv = sys.argv, ["longmem", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
-    return 0
-
-
-def train(backbone: Path, texts: Path, out: Path, *more: str) -> int:
-    small = ["--segment", "16", "--memory-tokens", "64", "--chunks-per-query", "3", "--steps", "4", "--rows", "2"]
-    return run("train", "--backbone", backbone, "--data", texts, "--out", out, *small, "--precision", "float32", *more)
+__all__ = ["WORDS", "backbone", "run", "texts", "train"]  # fixtures, and what other tests take from here
 
 
 def test_train_then_eval_then_generate(
@@ -141,9 +97,11 @@ def test_an_interrupted_run_says_how_to_go_on(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train_with_bar", interrupt)
+    monkeypatch.setattr("longmem.cli.commands.train_with_bar", interrupt)
     assert train(backbone, texts, tmp_path / "run") == 130
-    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("interrupted\nnothing was kept: there was no checkpoint yet\n")
+    (tmp_path / "run" / "checkpoint.safetensors").touch()
+    assert "the same command goes on from there" in kept_of_training(tmp_path / "run")
 
 
 def test_skipped_files_are_named_with_the_reason(
@@ -158,26 +116,32 @@ def test_skipped_files_are_named_with_the_reason(
         assert any(name in line and reason in line for line in shown.splitlines()), (name, shown)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["eval", "--run", "{out}", "--data", "{texts}"], "no trained LongMem in"),
-        (["train", "--backbone", "{backbone}", "--data", "{out}/nothing.txt", "--out", "{out}"], "nothing.txt"),
-        (["train", "--backbone", "{backbone}", "--data", "{texts}", "--out", "{out}", "--fusion", "sum"], "got 'sum'"),
-        (["train", "--backbone", "{backbone}", "--data", "{texts}", "--out", "{out}", "--steps", "0"], "steps must be"),
-        (["train", "--backbone", "{backbone}", "--data", "{texts}", "--out", "{out}", "--precision", "x"], "got 'x'"),
-        (["train", "--backbone", "{backbone}", "--data", "{texts}", "--out", "{out}", "--device", "tpu"], "got 'tpu'"),
-    ],
-)
-def test_errors_are_printed_not_traced(
-    arguments: list[str],
-    message: str,
-    backbone: Path,
-    texts: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_the_quick_start_runs_and_says_what_to_type_next(
+    backbone: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {"out": tmp_path / "run", "texts": texts, "backbone": backbone}
-    assert run(*(argument.format(**places) for argument in arguments)) != 0
-    shown = capsys.readouterr().err
-    assert "error:" in shown and message in shown and "Traceback" not in shown
+    loaded, small = load_backbone(str(backbone)), Shape(B=1, T=4, H=2, G=2, D=32, M=32, K=4)
+    monkeypatch.setattr("longmem.quickstart.load_backbone", lambda *_: loaded)
+    monkeypatch.setattr("longmem.quickstart.SCORE_FROM", 512)
+    monkeypatch.setattr("longmem.quickstart.DOCUMENT_TOKENS", 800)
+    monkeypatch.setattr("longmem.quickstart.shapes_for", lambda *_, **__: [small])
+    for i in range(4):
+        (texts / f"{i}.txt").write_text(" ".join(WORDS[(i * 31 + j * 7) % 40] for j in range(900)), encoding="utf-8")
+    assert run("quickstart", "--data", texts, "--out", tmp_path / "out", "--steps", "2") == 0
+    shown = capsys.readouterr()
+    assert "memory - other memory" in shown.out and "chunk_topk [" in shown.out
+    assert "rows: 1 instead of 4" in shown.err
+    assert f"longmem generate --run {tmp_path / 'out'} --remember" in shown.err
+    done, total = re.findall(r"time memory_attention:.* (\d+)/(\d+) \[", shown.err)[-1]
+    assert done == total
+    for name in ("perplexity.png", "timing.png", "timing.json", "longmem.safetensors"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_the_next_command_is_the_one_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    for called, wanted in ((".venv/bin/longmem", ".venv/bin/longmem"), ("/x/longmem/__main__.py", "python -m longmem")):
+        monkeypatch.setattr(sys, "argv", [called])
+        assert f"  {wanted} eval --run out" in next_commands(Path("out"))
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/longmem")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/longmem"])
+    assert "  longmem eval --run out" in next_commands(Path("out"))

@@ -24,10 +24,10 @@ def run(code: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_there_are_two_examples_of_at_most_a_dozen_lines() -> None:
-    assert len(EXAMPLES) == 2
+def test_there_are_three_examples_of_at_most_a_dozen_lines() -> None:
+    assert len(EXAMPLES) == 3
     for example in EXAMPLES:
-        assert len([line for line in example.splitlines() if line.strip()]) <= 12
+        assert len([line for line in example.splitlines() if line.strip() and "import" not in line]) <= 11
 
 
 def test_the_kernel_example_runs(tmp_path: Path) -> None:
@@ -37,12 +37,20 @@ def test_the_kernel_example_runs(tmp_path: Path) -> None:
     )
 
 
-def test_the_hugging_face_example_runs(backbone: Path, tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text(" ".join(WORDS * 10), encoding="utf-8")
+def test_the_hugging_face_examples_train_save_and_generate(backbone: Path, tmp_path: Path) -> None:
+    for book in ("book.txt", "another.txt"):
+        (tmp_path / book).write_text(" ".join(WORDS * 10), encoding="utf-8")
     name = re.search(r'name = "(.+?)"', EXAMPLES[1])
     assert name is not None
-    code = EXAMPLES[1].replace(name[1], str(backbone))
-    run(code + "assert loss.isfinite() and memory.stats()['tokens'] > 0", tmp_path)
+    training = (
+        EXAMPLES[1]
+        .replace(name[1], str(backbone))
+        .replace("for i in", "before = model(tokens[:, :256]).logits\nfor i in")
+    )
+    trained = "assert model(tokens[:, :256]).logits.ne(before).any() and memory.stats()['tokens'] > 0\n"
+    used = EXAMPLES[2].replace("It was", "w1 w2") + "assert memory.stats()['tokens'] > 900\n"
+    run(training + trained + used, tmp_path)
+    assert (tmp_path / "another.memory").exists()
 
 
 def test_every_file_that_readme_names_is_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ def test_pairs_lie_where_the_questions_say() -> None:
 def test_answers_come_from_memory_and_only_from_the_right_one(trained: tuple[LongMem, float]) -> None:
     model, within_segment = trained
     assert within_segment > 0.97
-    report = evaluate_recall(model, CONFIG, within_segment, silent)
+    steps: list[str] = []
+    report = evaluate_recall(model, CONFIG, within_segment, lambda stage, _: steps.append(stage))
+    assert {name: CONFIG.stages()[name] for name in steps} == Counter(steps)
     for distance in CONFIG.distances:
         assert report.accuracy("memory", distance)[0] > 0.9, report.table()
         for other in ("empty memory", "other memory"):
@@ -88,11 +91,30 @@ def test_a_broken_memory_shows(fault: str, trained: tuple[LongMem, float], monke
     assert report.accuracy("memory", 1024)[0] < 0.3
 
 
+def test_the_bar_ends_at_its_total_though_the_first_stage_ends_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {1024: torch.tensor([1.0, 0.5]).double()}
+    report = RecallReport(dict.fromkeys(("memory", "empty memory", "other memory"), row), 0.0625, 0.99, 24)
+
+    def early(config: RecallConfig, device: torch.device, progress: Any) -> RecallReport:
+        for stage, steps in config.stages().items():
+            for _ in range(7 if stage == "pretrain" else steps):
+                progress(stage, 0.0)
+        return report
+
+    monkeypatch.setattr("longmem.console.run_recall", early)
+    recall_with_bar(CONFIG, torch.device("cpu"), tmp_path)
+    last = 7 + sum(steps for stage, steps in CONFIG.stages().items() if stage != "pretrain")
+    assert f"{last}/{last} [" in capsys.readouterr().err
+
+
 def test_the_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {1024: torch.tensor([1.0, 0.5]).double(), 4096: torch.tensor([1.0, 1.0]).double()}
     report = RecallReport(dict.fromkeys(("memory", "empty memory", "other memory"), row), 0.0625, 0.99, 24)
     monkeypatch.setattr("longmem.console.run_recall", lambda *_: report)
-    assert recall_with_bar(CONFIG, torch.device("cpu"), tmp_path) is report
+    found, _ = recall_with_bar(CONFIG, torch.device("cpu"), tmp_path)
+    assert found is report
     content = json.loads((tmp_path / "recall.json").read_text())
     assert content["accuracy"]["memory"]["1024"]["accuracy"] == 0.75 and content["config"]["keys"] == CONFIG.keys
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")

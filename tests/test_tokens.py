@@ -168,11 +168,3 @@ def test_texts_that_come_twice_are_kept_once_where_asked_for(tokenizer: PreTrain
     same_beginning = [Document("a", prose(50) + " and so"), Document("b", prose(50) + " or else")]
     kept, skipped = tokenize_documents(same_beginning, tokenizer, cut=40, distinct=True)
     assert len(kept) == 1 and skipped == [Skipped("b", "the same text as a")]
-
-
-def test_every_document_begins_with_the_opening_once(tokenizer: PreTrainedTokenizerFast) -> None:
-    special = tokenizer.convert_tokens_to_ids(SPECIAL)
-    documents = [Document("a", prose(50)), Document("b", SPECIAL + prose(50))]
-    kept, _ = tokenize_documents(documents, tokenizer, opening=[special], cut=20)
-    for ids in kept:
-        assert len(ids) == 20 and ids[0] == special and special not in ids[1:]

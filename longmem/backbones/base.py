@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,11 @@ class Backbone(nn.Module):
         self.embed, self.layers, self.norm, self.head = embed, nn.ModuleList(layers), norm, head
         self.requires_grad_(False)
         self.eval()
+
+    # How to generate with it, as its configuration says: the tokens that end a text, and a `GenerationConfig` of
+    # `transformers`.
+    eos_token_id: tuple[int, ...] = ()
+    generation_config: Any = None
 
     def train(self, mode: bool = True) -> Backbone:
         return super().train(False)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longmem.text import stop_tokens
+
 from .base import Backbone
 from .layers import DecoderLayer, Rotary, alibi_slopes
 
@@ -34,13 +36,16 @@ def huggingface_backbone(model: Any, name: str | None = None) -> Backbone:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"huggingface_backbone: wanted a model with a language-model head, got {type(model).__name__}")
-    return Backbone(
+    backbone = Backbone(
         name or config.name_or_path or config.model_type,
         head=head,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         **family(model.base_model, config),
     )
+    backbone.generation_config = getattr(model, "generation_config", None)
+    backbone.eos_token_id = tuple(sorted(stop_tokens(config, backbone.generation_config)))
+    return backbone
 
 
 def _why_not(config: Any) -> str | None:

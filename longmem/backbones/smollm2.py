@@ -7,18 +7,15 @@ tokens; weights are quantised to 4 bits in the file and are dequantised to float
 
 from __future__ import annotations
 
-import io
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
-from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from longmem.data.fetch import build_once, cache_dir, fetch
+
+from .gguf import load_gguf, quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, 
     Raises:
         FetchError: the package with the weights could not be had; the message says how to supply it by hand.
     """
-    with _quiet():
+    with quiet_transformers():
         folder = build_once(cache_dir() / "converted" / "smollm2-0.1.2-float32", _convert)
         model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -45,18 +42,8 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, 
 def _convert(folder: Path) -> None:
     source = fetch("smollm2")
     logger.info("converting %s (once)", source / GGUF_FILE)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE, local_files_only=True)
-    # transformers gives every GGUF byte-level BPE the split rule of GPT-2. This file asks for "smollm", which takes
-    # digits out first, one by one: the two differ where white space meets a digit ("\n\n1" is three tokens by the one
-    # and two by the other).
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    quantised, tokenizer = load_gguf(source / GGUF_FILE)
     tokenizer.save_pretrained(folder)
-
-    with redirect_stderr(io.StringIO()):  # the one progress bar that transformers draws without asking its own switch
-        options = {"gguf_file": GGUF_FILE, "dtype": torch.float32, "local_files_only": True}
-        quantised = LlamaForCausalLM.from_pretrained(source, **options)
     # A model that came from GGUF refuses to be saved though its weights are ordinary float32 by now; a fresh one of
     # the same shape does not.
     fields = quantised.config.to_dict()
@@ -64,18 +51,3 @@ def _convert(folder: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig.from_dict(fields))
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars or warnings from transformers meanwhile: they would appear in the middle of the caller's own
-    output."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

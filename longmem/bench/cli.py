@@ -1,17 +1,22 @@
-"""`longmem bench` and `longmem profile`."""
+"""The work of `longmem bench` and `longmem profile`."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TextIO
 
 import torch
 import typer
 from tqdm import tqdm
 
-from ..console import choose_device
+from longmem.cli.failures import doing
+from longmem.cli.output import note
+
+from ..console import check_folder, choose_device
 from . import compare as comparing
 from . import suite
 from .ceilings import ceilings
@@ -19,85 +24,98 @@ from .measure import Row
 from .plots import plot, plot_sweeps
 from .report import quantity, table
 from .results import Result
-from .shapes import MODELS, Shape
+from .shapes import Shape
 
 _SAVE_EVERY = 20.0  # seconds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STDOUT = Path("-")
 
-bench_app = typer.Typer(
-    no_args_is_help=True, help="Time our kernels beside FAISS, PyTorch and others, each behind a correctness check."
-)
-profile_app = typer.Typer(no_args_is_help=True, help="Where the time goes.")
 
-Sweep = Annotated[str | None, typer.Option(help="M=4096,16384 (any size), the name of a kept sweep (M), or all.")]
-Providers = Annotated[str | None, typer.Option(help="Parts of names, by commas: longmem,faiss. Default: all.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
-Sizes = Annotated[str | None, typer.Option("--shape", help="Other sizes than the base shape's: B=1,T=256.")]
-Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: the base shape's.")]
-Scale = Annotated[str, typer.Option(help="paper, small, or auto: paper on a GPU.")]
-Seconds = Annotated[float, typer.Option(help="Timed per row, about.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")]
-Plots = Annotated[Path | None, typer.Option("--plots", help="Write PNGs to this folder.")]
-Model = Annotated[str | None, typer.Option(help=f"Backbone of generate and train: {', '.join(MODELS)}.")]
-Keep = Annotated[bool, typer.Option("--keep", help="Keep the rows under benchmarks/results/.")]
-Minutes = Annotated[float | None, typer.Option(help="Begin nothing new after this time.")]
+def answer(
+    question: str | None,
+    *,
+    device: str,
+    dtype: str | None,
+    scale: str,
+    providers: str | None,
+    seconds: float,
+    json: Path | None,
+    plots: Path | None,
+    keep: bool,
+    sweep: str | None = None,
+    shape: str | None = None,
+    model: str | None = None,
+    minutes: float | None = None,
+) -> None:
+    """Measure what answers `question` (None: all of them), print, save, draw; the arguments are the options' values.
+
+    Raises:
+        typer.Exit: with status 1, when something of ours was wrong.
+    """
+    adjust = _adjustment(shape, dtype, model)
+    wanted = [word.strip() for word in providers.split(",")] if providers else []
+    for folder in [plots, json.parent if json not in (None, _STDOUT) else None]:
+        if folder is not None:
+            check_folder(folder)
+    target = choose_device(device)
+    paper = _paper(scale, target)
+    if question is None:
+        todo = suite.everything(paper=paper, adjust=adjust)
+    else:
+        todo = suite.points(question, sweep, paper=paper, adjust=adjust)
+    work = suite.tasks(todo, wanted)
+    _announce(target)
+    # With JSON on stdout, a library that prints must not get in between.
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr) if json == _STDOUT else contextlib.nullcontext():
+        rows = _measure(work, target, seconds=seconds, minutes=minutes, file=None if json == _STDOUT else json)
+        _report(Result.now(rows, target), json, plots, keep, stdout)
+    wrong = [row for row in rows if row.wrong and row.ours]
+    for row in wrong:
+        note(f"WRONG: {row.provider}, {row.op} [{row.shape} {row.dtype}]: {row.reason}", red=True)
+    if wrong:
+        raise typer.Exit(1)
 
 
 def _paper(scale: str, device: torch.device) -> bool:
-    if scale not in ("paper", "small", "auto"):
-        raise ValueError(f"scale must be paper, small or auto, got {scale!r}")
     return scale == "paper" or (scale == "auto" and device.type == "cuda")
 
 
 def _adjustment(sizes: str | None, dtype: str | None, model: str | None = None) -> Callable[[Shape], Shape]:
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if model is not None and model not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
     return suite.adjustment(suite.parse_sizes(sizes) if sizes else {}, DTYPES[dtype] if dtype else None, model)
 
 
-def _answer(
-    todo: Sequence[suite.Point],
-    providers: str | None,
-    device: torch.device,
-    *,
-    seconds: float,
-    minutes: float | None = None,
-    json: Path | None,
-    plots: Path | None,
-    keep: bool,
-) -> None:
-    """Run, print, save, draw. Exit status 1 when something of ours was wrong."""
-    wanted = [word.strip() for word in providers.split(",")] if providers else []
-    work = suite.tasks(todo, wanted)
-    _announce(device)
+def _measure(
+    work: Sequence[suite.Task], device: torch.device, *, seconds: float, minutes: float | None, file: Path | None
+) -> list[Row]:
+    """The rows, saved to `file` every now and then: a run that is cut short leaves what it has."""
     rows: list[Row] = []
     saved = time.monotonic()
-    with tqdm(total=len(work), desc="bench", unit="row") as bar:
+
+    def kept() -> str:
+        return f"rows measured so far are in {file}" if file is not None and file.exists() else "no row was kept"
+
+    with doing("measuring", kept), tqdm(total=len(work), desc="bench", unit="row") as bar:
         for task, row in suite.run(work, device, seconds=seconds, minutes=minutes):
             rows.append(row)
-            if (
-                json is not None and time.monotonic() - saved > _SAVE_EVERY
-            ):  # a run that is cut short leaves what it has
-                Result.now(rows, device).save(json)
+            if file is not None and time.monotonic() - saved > _SAVE_EVERY:
+                Result.now(rows, device).save(file)
                 saved = time.monotonic()
             bar.set_postfix_str(f"{task.point.op}: {task.provider.name}"[:60], refresh=False)
             bar.update()
-    typer.echo(table(rows))
-    result = Result.now(rows, device)
-    if json is not None:
-        typer.echo(f"wrote {result.save(json)}", err=True)
+    return rows
+
+
+def _report(result: Result, json: Path | None, plots: Path | None, keep: bool, stdout: TextIO) -> None:
+    """Print the table, or JSON where `json` says so, and write what was asked for."""
+    print(result.text() if json == _STDOUT else table(result.rows), file=stdout, flush=True)
+    if json is not None and json != _STDOUT:
+        note(f"wrote {result.save(json)}")
     if keep:
-        typer.echo(f"wrote {result.keep()}", err=True)
+        note(f"wrote {result.keep()}")
     if plots is not None:
-        for path in draw(rows, plots, result.date):
-            typer.echo(f"wrote {path}", err=True)
-    wrong = [row for row in rows if row.wrong and row.ours]
-    for row in wrong:
-        typer.secho(f"WRONG: {row.provider}, {row.op} [{row.shape} {row.dtype}]: {row.reason}", fg="red", err=True)
-    if wrong:
-        raise typer.Exit(1)
+        for path in draw(result.rows, plots, result.date):
+            note(f"wrote {path}")
 
 
 def _announce(device: torch.device) -> None:
@@ -106,7 +124,7 @@ def _announce(device: torch.device) -> None:
         found = ceilings(str(device), dtype, torch.get_num_threads())
         name = str(dtype).removeprefix("torch.")
         copy, matmul = quantity(found.copy, "B/s"), quantity(found.matmul, "FLOP/s")
-        typer.echo(f"{device}: copies {copy}, multiplies {name} matrices at {matmul}", err=True)
+        note(f"{device}: copies {copy}, multiplies {name} matrices at {matmul}")
 
 
 def draw(rows: Sequence[Row], folder: Path, date: str) -> list[Path]:
@@ -123,88 +141,20 @@ def draw(rows: Sequence[Row], folder: Path, date: str) -> list[Path]:
     return written
 
 
-def _question(name: str) -> Callable[..., None]:
-    def command(
-        sweep: Sweep = None,
-        providers: Providers = None,
-        device: Device = "auto",
-        shape: Sizes = None,
-        dtype: Dtype = None,
-        scale: Scale = "auto",
-        seconds: Seconds = 1.0,
-        json: Json = None,
-        plots: Plots = None,
-        keep: Keep = False,
-        model: Model = None,
-    ) -> None:
-        target = choose_device(device)
-        adjust = _adjustment(shape, dtype, model)
-        todo = suite.points(name, sweep, paper=_paper(scale, target), adjust=adjust)
-        _answer(todo, providers, target, seconds=seconds, json=json, plots=plots, keep=keep)
-
-    return command
-
-
-for _name, _about in {
-    "fusion": "Local and memory attention, forward and with backward, training and decoding.",
-    "retrieval": "Exact search of the best chunks: throughput, and latency of single queries.",
-    "write": "Appending a segment, or a token, to the memory.",
-    "layer": "A whole memory layer: search, attention and write.",
-    "generate": "Generating text with a memory, per token.",
-    "train": "A training step of a LongMem model.",
-}.items():
-    bench_app.command(_name, help=_about)(_question(_name))
-
-
-@bench_app.command("all")
-def everything(
-    providers: Providers = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    scale: Scale = "auto",
-    seconds: Seconds = 0.5,
-    json: Json = None,
-    plots: Plots = None,
-    keep: Keep = False,
-    minutes: Minutes = None,
-) -> None:
-    """Every question at its base shapes, then every sweep."""
-    target = choose_device(device)
-    todo = suite.everything(paper=_paper(scale, target), adjust=_adjustment(None, dtype))
-    _answer(todo, providers, target, seconds=seconds, minutes=minutes, json=json, plots=plots, keep=keep)
-
-
-@bench_app.command("compare")
-def compare(
-    before: Annotated[Path, typer.Argument(help="A result: from --json, or kept.")],
-    after: Annotated[Path, typer.Argument(help="Another one.")],
-) -> None:
-    """What got slower or faster beyond noise. Exit status 1 when something got slower."""
+def compare(before: Path, after: Path) -> None:
+    """Print what changed. Raises typer.Exit with status 1 when something got slower."""
     old, new = Result.load(before), Result.load(after)
     typer.echo(comparing.comparison(old, new))
     if any(change.verdict == "slower" for change in comparing.compare(old, new)):
         raise typer.Exit(1)
 
 
-@profile_app.command("retrieval")
-def profile_retrieval(
-    device: Device = "auto",
-    shape: Sizes = None,
-    dtype: Dtype = None,
-    scale: Scale = "auto",
-    steps: Annotated[int, typer.Option(help="Steps of each layer to average.")] = 10,
-    out: Annotated[Path, typer.Option(help="Folder for one Chrome trace per layer.")] = Path("out/profile"),
-) -> None:
-    """Where the time of a memory layer goes: score, select, gather, fuse, write; ours, eager PyTorch's and FAISS's."""
+def profile(device: str, shape: str | None, dtype: str | None, scale: str, steps: int, out: Path) -> None:
+    """Print where the time of a memory layer goes, and write a trace per layer to `out`."""
     from .profile import profile_layers
 
+    adjust = _adjustment(shape, dtype)
+    check_folder(out)
     target = choose_device(device)
-    [base, *_] = suite.points(
-        "layer", None, paper=_paper(scale, target), adjust=_adjustment(shape, dtype)
-    )  # fmt: skip
+    [base, *_] = suite.points("layer", None, paper=_paper(scale, target), adjust=adjust)
     typer.echo(profile_layers(base.shape, target, steps=steps, out=out))
-
-
-@profile_app.callback()
-def _profile() -> None:
-    """A group, though of one command so far."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,16 +13,6 @@ import torch
 
 from longmem_kernels import __version__
 from longmem_kernels.info import report
-
-
-def restart_with_quiet_threads() -> None:
-    """Start this command anew with OMP_WAIT_POLICY=PASSIVE, unless the policy is set: PyTorch and FAISS bring a thread
-    pool each, and threads of one that spin while the other works would take its cores. The OpenMP runtime reads it when
-    it is loaded, which was before this line."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @cache

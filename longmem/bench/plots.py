@@ -11,8 +11,22 @@ from .measure import Row
 from .report import best_baseline, common_shape, grouped, name_of, significant, size_of, sweeps, title
 
 _OURS, _BASELINE, _BOUND = "#0b6e4f", "#5b7db1", "#c9ced6"
-_LINES = ("#5b7db1", "#c0713c", "#8c5aa8", "#3c9aa8", "#a83c5a", "#7a7a2e", "#555555")
-_MARKERS = "osD^vPX"
+# Of lines: greens are ours. As many markers as colours would repeat together, so there are others of them.
+_OUR_LINES = (_OURS, "#58b368", "#a3c639", "#00403a")
+_LINES = ("#5b7db1", "#c0713c", "#8c5aa8", "#3c9aa8", "#a83c5a", "#b8a12e", "#555555", "#e08fb5")
+_MARKERS = "osD^vPX<>"
+_SIZES = {
+    "B": "rows (B)",
+    "T": "query tokens per row (T)",
+    "S": "local keys (S)",
+    "H": "query heads (H)",
+    "G": "key/value heads (G)",
+    "D": "head dim (D)",
+    "M": "chunks in memory (M)",
+    "C": "tokens per chunk (C)",
+    "K": "chunks retrieved per query (K)",
+    "R": "memories: 0 is one for each row (R)",
+}
 
 
 def plot(rows: Sequence[Row], path: str | Path, *, date: str = "") -> Path:
@@ -52,17 +66,24 @@ def plot_sweeps(rows: Sequence[Row], path: str | Path, *, date: str = "") -> Pat
     down = -(-len(found) // across)
     figure = Figure(figsize=(5.4 * across + 0.6, 4.1 * down + 0.4), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flatten()
-    names = list(dict.fromkeys(name_of(row) for points in found.values() for point in points for row in point))
-    others = [name for name in names if not name.startswith("longmem")]
-    styles: dict[str, dict[str, Any]] = {
-        name: {"color": _LINES[number % len(_LINES)], "marker": _MARKERS[number % len(_MARKERS)]}
-        for number, name in enumerate(others)
-    }
+    timed = [row for points in found.values() for point in points for row in point if row.median_ms is not None]
+    styles = line_styles(list(dict.fromkeys(map(name_of, timed))))
     for panel, ((op, sweep), points) in zip(axes, found.items(), strict=False):
         _lines(panel, op, sweep, points, styles)
     for panel in axes[len(found) :]:
         panel.set_axis_off()
     return _save(figure, path, next(iter(found.values()))[0][0], date)
+
+
+def line_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker for each series: greens for ours, and no two alike."""
+    ours = [name for name in names if name.startswith("longmem")]
+    groups = ((ours, _OUR_LINES, 2.4), ([name for name in names if name not in ours], _LINES, 1.3))
+    return {
+        name: {"color": colours[i % len(colours)], "marker": _MARKERS[i % len(_MARKERS)], "lw": width}
+        for group, colours, width in groups
+        for i, name in enumerate(group)
+    }
 
 
 def _save(figure: Any, path: str | Path, row: Row, date: str) -> Path:
@@ -106,7 +127,9 @@ def _bars(panel: Any, group: list[Row]) -> None:
     panel.set_yticks(range(len(rows)), [name_of(row) for row in rows], fontsize=8)
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.set_xlim(0, limit)
-    legend = "ms, median; whiskers p20 - p80;  x: the fastest baseline's time over ours;  * a bound: less, or near"
+    legend = (
+        "time per call, ms (median, p20 to p80);  x: the fastest baseline's time over ours;  * a bound: less, or near"
+    )
     panel.set_xlabel("\n".join([legend, *_not_timed(group)]), fontsize=7, loc="left")
     panel.tick_params(axis="x", labelsize=7)
     heading = textwrap.wrap(f"{group[0].op} [{group[0].shape} {group[0].dtype}]", 88)
@@ -138,8 +161,7 @@ def _lines(panel: Any, op: str, sweep: str, points: list[list[Row]], styles: dic
         if not timed:
             continue
         sizes, times = [size for size, _ in timed], [row.median_ms for _, row in timed]
-        ours, bound = timed[0][1].ours, timed[0][1].bound
-        style = {"color": _OURS, "lw": 2.4, "marker": "o"} if ours else {"lw": 1.3, **styles[name]}
+        bound, style = timed[0][1].bound, styles[name]
         panel.plot(sizes, times, label=name, ls=":" if bound else "-", ms=4, **style)
         panel.fill_between(
             sizes,
@@ -157,8 +179,8 @@ def _lines(panel: Any, op: str, sweep: str, points: list[list[Row]], styles: dic
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 1)))
     panel.minorticks_off()
     panel.tick_params(axis="y", labelsize=7)
-    panel.set_xlabel(symbol, fontsize=8)
-    panel.set_ylabel("ms, median, p20 - p80", fontsize=7)
+    panel.set_xlabel(_SIZES.get(symbol, symbol), fontsize=8)
+    panel.set_ylabel("time per call, ms (median, p20 to p80)", fontsize=7)
     heading = f"{op}, {sweep}\n" + "\n".join(textwrap.wrap(common_shape(points, sweep), 62))
     panel.set_title(heading, fontsize=8, loc="left")
     panel.grid(axis="y", color="0.9", lw=0.6)

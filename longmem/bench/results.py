@@ -63,9 +63,13 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         path = Path(path)
-        content = {"machine": self.machine, "date": self.date, "rows": [_compact(row) for row in self.rows]}
-        save_text(path, json.dumps(content, indent=1) + "\n")
+        save_text(path, self.text() + "\n")
         return path
+
+    def text(self) -> str:
+        """What `save` writes: JSON."""
+        content = {"machine": self.machine, "date": self.date, "rows": [_compact(row) for row in self.rows]}
+        return json.dumps(content, indent=1)
 
     def keep(self, folder: Path = RESULTS) -> Path:
         """Save under the device's and the commit's name.

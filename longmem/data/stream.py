@@ -17,6 +17,7 @@ from longmem.data.documents import Document, Skipped, TextFile, nothing_left
 from longmem.data.sources import Unreadable
 from longmem.data.tokens import tokenize_texts
 from longmem.files import Whole, check_fields, show
+from longmem.text import opened, opening_tokens
 
 _STATE = {"shape": dict, "epoch": Whole(), "taken": Whole(), "lane_document": [Whole(-1)], "lane_offset": [Whole()]}
 IGNORE = -100  # what torch's cross entropy leaves out
@@ -43,17 +44,17 @@ def tokenize_documents(
     tokenizer: Any,
     min_tokens: int = 1,
     *,
-    opening: Sequence[int] = (),
+    add_special_tokens: bool = True,
     cut: int | None = None,
     distinct: bool = False,
 ) -> tuple[list[Tensor], list[Skipped]]:
     """Token ids [n] int32 of each document, in order, by a Hugging Face tokenizer.
 
-    Documents may come one after another from a generator (`iter_documents`): each is tokenised and let go, large ones
-    in pieces, to the same ids (`longmem.data.tokens`).
+    Each begins with the special tokens that the tokenizer puts before a text (`opening_tokens`), unless
+    `add_special_tokens` is off. Documents may come one after another from a generator (`iter_documents`): each is
+    tokenised and let go, large ones in pieces, to the same ids (`longmem.data.tokens`).
 
     Args:
-        opening: special tokens that every document begins with, once.
         cut: tokens of a document that are kept at the most; it is tokenised no further than needed.
         distinct: leave out documents whose kept tokens are those of one before.
 
@@ -63,6 +64,7 @@ def tokenize_documents(
     Raises:
         ValueError: no document is long enough.
     """
+    opening = opening_tokens(tokenizer) if add_special_tokens else []
     kept: list[Tensor] = []
     skipped: list[Skipped] = []
     names: dict[bytes, str] = {}
@@ -72,7 +74,7 @@ def tokenize_documents(
         if isinstance(ids, Unreadable):
             skipped.append(Skipped(item.name, str(ids)))
             continue
-        if len(ids) and ids[: len(opening)].tolist() != list(opening):
+        if len(ids) and opened(begin := ids[: len(opening)].tolist(), opening) != begin:
             ids = torch.cat([torch.tensor(opening, dtype=ids.dtype), ids])
         if len(ids) < shortest:
             skipped.append(Skipped(item.name, f"{len(ids)} tokens, wanted at least {shortest}"))

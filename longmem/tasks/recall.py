@@ -79,6 +79,13 @@ class RecallConfig:
     def vocabulary(self) -> int:
         return self.keys + self.values + self.fillers
 
+    def stages(self) -> dict[str, int]:
+        """The stages of `run_recall`, in order, and the steps of each: of the first at most."""
+        pieces = -(-self.capacity // (16 * self.segment))
+        batches = self.documents // self.rows
+        filling = {"fill memory": batches * pieces, "test": batches * len(self.distances)}
+        return {"pretrain": self.find_steps, "sharpen": self.sharpen_steps, "train": self.train_steps, **filling}
+
     @property
     def capacity(self) -> int:
         """Tokens of the bank that is tested: the longest distance, and the pairs that lie as far back."""
@@ -192,7 +199,7 @@ def pretrain_backbone(config: RecallConfig, told: Progress) -> tuple[Backbone, f
         _step(optimizer, loss)
         right = float((logits.argmax(-1) == targets)[targets != IGNORE].float().mean())
         average += (right - average) / 20
-        told("pretrain", right)
+        told("pretrain" if found is None else "sharpen", right)
     return huggingface_backbone(model, "recall"), average
 
 

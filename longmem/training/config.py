@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
-from longmem.precision import PRECISIONS
+from longmem.config import PRECISIONS, Precision
 
-PARALLEL = ("ddp", "fsdp")
-RESETS = ("document", "never")
+Parallel = Literal["ddp", "fsdp"]
+Reset = Literal["document", "never"]
+
+PARALLEL: tuple[str, ...] = get_args(Parallel)
+RESETS: tuple[str, ...] = get_args(Reset)
 # What a run that was saved may change when it goes on. How the work is done and kept:
 HARMLESS = frozenset({"save_every", "checkpoint_activations", "compile"})
 # How the steps that are left to make are made:
@@ -82,12 +85,12 @@ class TrainConfig:
     weight_decay: float = 0.0
     usage_weight: float = 0.0
     usage_target: float = 0.1
-    reset: str = "document"
+    reset: Reset = "document"
     save_every: int = 20
-    precision: str = "auto"
+    precision: Precision = "auto"
     checkpoint_activations: bool = False
     compile: bool = False
-    parallel: str = "ddp"
+    parallel: Parallel = "ddp"
     shard_memory: bool = False
     seed: int = 0
 

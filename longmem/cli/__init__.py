@@ -1,0 +1,32 @@
+"""The command `longmem`, also `python -m longmem`. Modules in this folder, but for `commands`, load no PyTorch."""
+
+from __future__ import annotations
+
+import sys
+
+from .failures import explained
+from .process import huge_pages, prepared_process
+
+_MEASURING = (["bench"], ["profile"])  # these measure everybody's code as it runs elsewhere
+
+
+def main() -> None:
+    """Run the command line and exit: 0, 1 after an error, 2 for wrong arguments, 128 + n after signal n.
+
+    Every error ends here, in words (`failures.explained`); LONGMEM_TRACEBACK=1 shows the traceback as well.
+    """
+    with prepared_process():
+        if sys.argv[1:2] not in _MEASURING:
+            huge_pages()
+        sys.exit(explained(_run))
+
+
+def _run() -> None:
+    from typer.main import get_command
+
+    from .app import app
+
+    # Not app(): typer would answer Ctrl-C, closed pipes and its own errors before `explained` sees them.
+    command = get_command(app)
+    with command.make_context("longmem", sys.argv[1:]) as context:
+        command.invoke(context)

@@ -1,0 +1,84 @@
+"""What a command sets for its process before PyTorch is loaded: threads, memory, signals, warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+
+from .output import note
+
+_SIGNALS = ("SIGTERM", "SIGHUP")
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end. No Exception: nothing but the end of a command should catch it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def prepared_process() -> Iterator[None]:
+    """Quiet threads for the rest of the process; meanwhile, signals and warnings as a command wants them."""
+    quiet_threads()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    with _stopping_signals(), _plain_warnings():
+        yield
+
+
+def quiet_threads() -> None:
+    """Let OpenMP threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise.
+
+    Waiting threads spin by default, and take the processor from whoever else works: another process, or the thread pool
+    of FAISS. The OpenMP runtime reads the variable when PyTorch loads it: afterwards this has no effect.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def huge_pages() -> None:
+    """Let PyTorch ask for huge pages for tensors of 2 MB or more, unless THP_MEM_ALLOC_ENABLE says otherwise.
+
+    Large tensors are mapped anew for every operation, and a quarter of the processor time of a training step goes into
+    faults of their 4 KB pages. PyTorch reads the variable at its first allocation: afterwards this has no effect.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+@contextlib.contextmanager
+def _stopping_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `Stopped`, so that a command ends as after Ctrl-C; ignored ones stay ignored."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = {}
+    for name in _SIGNALS:
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line each, without the line of code that gave them."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        with contextlib.suppress(OSError):
+            note(f"warning: {' '.join(str(message).split())}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
