@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from .files import check_fields, fields_of
-
 # Each choice is written once, here: checks, messages and the command line's help take it from these types.
 SideNetKind = Literal["none", "exact", "paper"]
 Trainable = Literal["read", "all"]
@@ -105,6 +103,8 @@ class LongMemConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LongMemConfig:
         """Raises ValueError naming fields that are missing, unknown or of another type."""
+        from .files import check_fields, fields_of  # here: the command line's help answers without PyTorch
+
         wanted, optional = fields_of(cls)
         checked = check_fields("LongMemConfig", values, wanted, optional=optional)
         return cls(**({"special_tokens": "none"} | checked))  # saved without it: trained before there were any

@@ -242,6 +242,8 @@ def _fits(value: Any, wanted: Any) -> bool:
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, one) for one in inner)
+    if origin is typing.Literal:
+        return type(value) is str and value in inner
     if origin in (list, tuple):
         return type(value) in (list, tuple) and all(_fits(one, inner[0]) for one in value)
     if wanted is types.NoneType:
@@ -259,6 +261,8 @@ def _type_name(wanted: Any) -> str:
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(map(_type_name, inner))
+    if origin is typing.Literal:
+        return f"one of {', '.join(inner)}"
     if origin in (list, tuple):
         return f"a list, each {_type_name(inner[0])}"
     return named.get(origin or wanted, str(wanted))
