@@ -188,14 +188,17 @@ def test_a_damaged_configuration_of_a_run_is_named(text: str, tmp_path: Path) ->
 def test_configurations_are_read_strictly() -> None:
     good = LongMemConfig(memory_layers=(1,)).to_dict()
     assert LongMemConfig.from_dict(good) == LongMemConfig(memory_layers=(1,))
-    assert LongMemConfig.from_dict({"memory_layers": [1]}) == LongMemConfig(memory_layers=(1,))
+    assert LongMemConfig.from_dict({"memory_layers": [1]}) == LongMemConfig((1,), special_tokens="none")
     bad: list[tuple[dict[str, Any], str]] = [
         ({"memory_layers": 1}, "memory_layers must be a list, each an integer, got 1"),
         ({"memory_layers": ["1"]}, "memory_layers must be a list, each an integer, got list"),
         ({"segment": "256"}, "segment must be an integer, got '256'"),
         ({"segment": 25.5}, "segment must be an integer, got 25.5"),
         ({"gate_start": float("nan")}, "gate_start must be a finite number, got nan"),
-        ({"scope": None, "fusion": 1}, "fusion must be text, got 1; scope must be text, got None"),
+        (
+            {"scope": None, "fusion": 1},
+            "fusion must be one of joint, gated, got 1; scope must be one of row, shared, got None",
+        ),
     ]
     for change, message in bad:
         with pytest.raises(ValueError, match=message):
