@@ -264,6 +264,7 @@ class LongMem(nn.Module):
                 ) from error
         with naming(f"{_KIND}: {file}"):
             config = LongMemConfig.from_dict(about["config"])
+            config.check(len(backbone.layers), backbone.max_segment)
         model = cls(backbone, LongMemConfig.from_dict(config.to_dict() | changes))
         if about["fingerprint"] != model.fingerprint:
             raise ValueError(

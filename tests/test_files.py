@@ -16,7 +16,7 @@ import torch
 from models import tiny_longmem
 from safetensors.torch import save_file
 
-from longmem import MemoryBank
+from longmem import LongMem, MemoryBank
 from longmem.bench import regression
 from longmem.bench.results import Result
 from longmem.config import LongMemConfig
@@ -170,6 +170,20 @@ def test_tensors_that_are_no_memory_are_refused(
     edit(tmp_path / "memory", {}, change)
     with pytest.raises(ValueError, match=f"{tmp_path}/memory: .*{message}"):
         MemoryBank.load(tmp_path / "memory", "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"memory_tokens": -8}, {"memory_layers": [99]}, {"sidenet": "twin"}, {"segment": "12"}, {"new": 1}],
+    ids=str,
+)
+def test_a_model_whose_configuration_makes_no_sense_is_named(change: dict[str, Any], tmp_path: Path) -> None:
+    model, path = tiny_longmem(), tmp_path / "longmem.safetensors"
+    model.save_pretrained(tmp_path)
+    weights, about = load_tensors(path, "longmem model")
+    save_tensors(path, weights, "longmem model", about | {"config": about["config"] | change})
+    with pytest.raises(ValueError, match=rf"{path}: LongMemConfig.*{next(iter(change))}"):
+        LongMem.from_pretrained(tmp_path, model.backbone)
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------

@@ -281,6 +281,11 @@ def refuse(rank: int) -> None:
     state = memory.state_dict()
     with pytest.raises(ValueError, match=r"written must be torch.int64 \(1,\), got nothing"):
         memory.load_state_dict({name: tensor for name, tensor in state.items() if name != "written"})
+    for change in ("written", "cursor"):
+        with pytest.raises(ValueError, match="tokens written, rank"):
+            memory.load_state_dict(state | {change: state[change] + 60})
+    with pytest.raises(ValueError, match=r"written must lie in \[0, 2\^47\)"):
+        memory.load_state_dict(state | {"written": state["written"] - 2**40})
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:
