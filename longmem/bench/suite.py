@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .measure import Case, Row, Unavailable
+from .measure import Case, Row, Unavailable, Watch
 from .providers import Provider, matches, providers
 from .shapes import Shape, change, default_sweeps, shapes_for, vary
 
@@ -69,11 +69,20 @@ def points(question: str, sweep: str | None, *, paper: bool, adjust: Callable[[S
     return found
 
 
+def base(*, paper: bool, adjust: Callable[[Shape], Shape]) -> list[Point]:
+    """Every question's base shapes."""
+    return [point for name in QUESTIONS for point in points(name, None, paper=paper, adjust=adjust)]
+
+
 def everything(*, paper: bool, adjust: Callable[[Shape], Shape]) -> list[Point]:
     """Every question's base shapes first, then every sweep: a time limit cuts the latter."""
-    base = [point for name in QUESTIONS for point in points(name, None, paper=paper, adjust=adjust)]
     swept = [point for name in QUESTIONS for point in points(name, "all", paper=paper, adjust=adjust)]
-    return base + swept
+    return base(paper=paper, adjust=adjust) + swept
+
+
+def kernel_points(ops: Sequence[str], *, paper: bool, adjust: Callable[[Shape], Shape]) -> list[Point]:
+    """The base shapes of single operations."""
+    return [Point(op, adjust(shape)) for op in ops for shape in shapes_for(op, paper=paper)]
 
 
 def parse_sizes(text: str) -> dict[str, int]:
@@ -124,9 +133,15 @@ def tasks(todo: Sequence[Point], wanted: Sequence[str]) -> list[Task]:
 
 
 def run(
-    work: Sequence[Task], device: torch.device, *, seconds: float, minutes: float | None = None
+    work: Sequence[Task],
+    device: torch.device,
+    *,
+    seconds: float,
+    minutes: float | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Task, Row]]:
-    """Measure every task, yielding its row as soon as it is there; a wrong result is a row that says so.
+    """Measure every task, yielding its row as soon as it is there; a wrong result is a row that says so. `watch`: see
+    `Case`.
 
     A shape that several sweeps share is measured once. A shape that has not begun after `minutes` is not begun.
     """
@@ -135,7 +150,7 @@ def run(
     for _, group in groupby(work, lambda task: task.point):
         late = minutes is not None and time.monotonic() - begin > 60 * minutes
         why = f"not begun: the time limit of {minutes:g} minutes was reached" if late else None
-        yield from _point(list(group), device, seconds, done, why)
+        yield from _point(list(group), device, seconds, done, why, watch)
         gc.collect()  # this shape's inputs, before the next are drawn
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -147,10 +162,11 @@ def _point(
     seconds: float,
     done: dict[tuple[str, Shape, str], Row],
     late: str | None,
+    watch: Watch | None,
 ) -> Iterator[tuple[Task, Row]]:
     """All tasks of one point."""
     point = group[0].point
-    case = Case(point.op, point.shape, device, sweep=point.sweep)
+    case = Case(point.op, point.shape, device, sweep=point.sweep, watch=watch)
     rows: dict[str, Row] = {}
     for task in group:
         provider, found = task.provider, done.get((point.op, point.shape, task.provider.name))
