@@ -73,12 +73,12 @@ def test_compiled_providers_pass_the_gate_too() -> None:
 def test_whole_models_pass_their_gate(op: str) -> None:
     rows = measure(op, Shape(B=2, T=8, S=4, H=2, G=1, D=32, M=64, C=4, K=5, model="tiny"), rounds=2)
     assert all(row.median_ms for row in rows)
-    assert [row.bound for row in rows] == [False, True, True]
+    assert [row.bound for row in rows] == [True, True, False]
 
 
 @pytest.mark.parametrize(("op", "change"), [("generate", 1), ("train_step", 0.1)])
 def test_whole_models_gate_refuses_another_result(op: str, change: float) -> None:
-    right = providers(op)[0]
+    right = next(provider for provider in providers(op) if provider.computes == "op")
 
     def prepare(inputs: object) -> Prepared:
         prepared = right.prepare(inputs)

@@ -1,4 +1,7 @@
-"""A whole training step of the published model: our kernels against the published composition, on the same weights."""
+"""A whole training step of the published model: our kernels against the published composition, on the same weights.
+
+Both keep what the published code keeps: keys and values of memory in float16, search vectors in float32.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from .memory import peak_extra_bytes
 from .official_composition import FaissIndex, Index, OfficialComposition, TorchIndex
 
 PUBLISHED = OfficialConfig()
+STORAGE = torch.float16  # of the memory's keys and values, on both sides
 # Of a loss, in nats, from our loss in float32, at any step. Products in bfloat16 round a random model's loss by 1e-4.
 LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 1e-3}
 
@@ -85,7 +89,7 @@ class Steps:
     def __init__(self, shape: StepShape, device: torch.device | str = "cpu", *, seed: int = 0) -> None:
         self.shape, self.device = shape, torch.device(device)
         torch.manual_seed(seed)
-        self.model = OfficialLongMem(shape.config, storage=torch.float16)
+        self.model = OfficialLongMem(shape.config, storage=STORAGE)
         self.model.initialise_from_backbone()
         self.model.to(self.device)
         self.start = {name: p.detach().cpu().clone() for name, p in self._trained().items()}
@@ -101,7 +105,7 @@ class Steps:
             write = lambda key, value: self.model.memory.add_index({"k": key, "v": value})  # noqa: E731
         else:
             composition = OfficialComposition(
-                official_parameters(self.model), self.shape.config, storage=torch.float16, index=provider.index
+                official_parameters(self.model), self.shape.config, storage=STORAGE, index=provider.index
             )
             loss_of, write = composition.loss, composition.memory.write
         for key, value in self._past():

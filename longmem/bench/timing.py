@@ -14,7 +14,7 @@ import torch
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 LATENCY_ROUNDS = 1000  # of single queries: enough for a 99th percentile
 SHORT_MS = 0.2  # below this a graph is timed as well, however quick the host is
-_LAUNCHES = 10  # calls by which the host's part is timed
+_LAUNCHES = 10  # calls by which the host's part is timed, at most
 _FLUSH_BYTES = 2**28  # several times any L2 cache so far
 
 Call = Callable[[], object]
@@ -98,7 +98,7 @@ def cuda_times(run: Call, device: torch.device, rounds: int, *, graphable: bool)
     with torch.cuda.device(device):
         cold = _event_times(run, rounds, flush.zero_)
         warm = _event_times(run, rounds, None)
-        launch = statistics.median(_launch_times(run))
+        launch = statistics.median(_launch_times(run, min(rounds, _LAUNCHES)))
         middle, graph, why = statistics.median(cold), None, None
         if graphable and (middle * 1e3 < SHORT_MS or launch > 0.5 * middle):
             try:
@@ -108,9 +108,9 @@ def cuda_times(run: Call, device: torch.device, rounds: int, *, graphable: bool)
     return Times(cold, warm, graph, launch, why)
 
 
-def _launch_times(run: Call) -> list[float]:
+def _launch_times(run: Call, rounds: int) -> list[float]:
     taken = []
-    for _ in range(_LAUNCHES):
+    for _ in range(rounds):
         torch.cuda.synchronize()
         taken += wall_times(run, 1)
     torch.cuda.synchronize()
