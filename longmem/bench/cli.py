@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Annotated
 import torch
 import typer
 from tqdm import tqdm
+
+from longmem_kernels._tiles import ARCHITECTURES
 
 from ..console import choose_device
 from . import compare as comparing
@@ -24,8 +27,8 @@ from .precompile import TRITON_OPS
 from .providers import Prepared
 from .report import brief, quantity, table, title
 from .results import Result
-from .shapes import MODELS, Shape
-from .tune import tune_points
+from .shapes import MODELS, Shape, default_sweeps
+from .tune import compile_points, tune_points
 
 _SAVE_EVERY = 20.0  # seconds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,6 +40,7 @@ profile_app = typer.Typer(no_args_is_help=True, help="Where the time goes.")
 
 Sweep = Annotated[str | None, typer.Option(help="M=4096,16384 (any size), the name of a kept sweep (M), or all.")]
 Providers = Annotated[str | None, typer.Option(help="Parts of names, by commas: longmem,faiss. Default: all.")]
+Without = Annotated[str | None, typer.Option(help="Parts of names to leave out, by commas: reference.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Sizes = Annotated[str | None, typer.Option("--shape", help="Other sizes than the base shape's: B=1,T=256.")]
 Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: the base shape's.")]
@@ -64,11 +68,16 @@ def _adjustment(sizes: str | None, dtype: str | None, model: str | None = None) 
     return suite.adjustment(suite.parse_sizes(sizes) if sizes else {}, DTYPES[dtype] if dtype else None, model)
 
 
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in text.split(",")] if text else []
+
+
 def _answer(
     todo: Sequence[suite.Point],
     providers: str | None,
     device: torch.device,
     *,
+    without: str | None = None,
     seconds: float,
     minutes: float | None = None,
     json: Path | None,
@@ -78,8 +87,7 @@ def _answer(
 ) -> None:
     """Run, print, save, draw. Exit status 1 when something of ours was wrong, 130 after an interrupt, which leaves what
     was measured before it."""
-    wanted = [word.strip() for word in providers.split(",")] if providers else []
-    work = suite.tasks(todo, wanted)
+    work = suite.tasks(todo, _words(providers), _words(without))
     rows: list[Row] = []
     found: list[str] = []
 
@@ -167,6 +175,7 @@ def _question(name: str) -> Callable[..., None]:
     def command(
         sweep: Sweep = None,
         providers: Providers = None,
+        without: Without = None,
         device: Device = "auto",
         shape: Sizes = None,
         dtype: Dtype = None,
@@ -181,7 +190,17 @@ def _question(name: str) -> Callable[..., None]:
         target = choose_device(device)
         adjust = _adjustment(shape, dtype, model)
         todo = suite.points(name, sweep, paper=_paper(scale, target), adjust=adjust)
-        _answer(todo, providers, target, seconds=seconds, json=json, plots=plots, keep=keep, kernels=kernels)
+        _answer(
+            todo,
+            providers,
+            target,
+            without=without,
+            seconds=seconds,
+            json=json,
+            plots=plots,
+            keep=keep,
+            kernels=kernels,
+        )
 
     return command
 
@@ -200,6 +219,7 @@ for _name, _about in {
 @bench_app.command("all")
 def everything(
     providers: Providers = None,
+    without: Without = None,
     device: Device = "auto",
     dtype: Dtype = None,
     scale: Scale = "auto",
@@ -216,7 +236,16 @@ def everything(
     paper, adjust = _paper(scale, target), _adjustment(None, dtype)
     todo = suite.base(paper=paper, adjust=adjust) if base else suite.everything(paper=paper, adjust=adjust)
     _answer(
-        todo, providers, target, seconds=seconds, minutes=minutes, json=json, plots=plots, keep=keep, kernels=kernels
+        todo,
+        providers,
+        target,
+        without=without,
+        seconds=seconds,
+        minutes=minutes,
+        json=json,
+        plots=plots,
+        keep=keep,
+        kernels=kernels,
     )
 
 
@@ -246,10 +275,45 @@ def tune_tiles(
         raise ValueError(f"tune: op must be one of {', '.join(TRITON_OPS)}, got {op!r}")
     adjust = _adjustment(shape, dtype)
     points = suite.kernel_points([op] if op else TRITON_OPS, paper=_paper(scale, target), adjust=adjust)
-    kernels = [word.strip() for word in kernel.split(",")] if kernel else []
     tune_points(
-        points, target, kernels=kernels, seconds=seconds, minutes=minutes, workers=workers, json=json, write=write
+        points,
+        target,
+        kernels=_words(kernel),
+        seconds=seconds,
+        minutes=minutes,
+        workers=workers,
+        json=json,
+        write=write,
     )
+
+
+@bench_app.command("compile")
+def compile_kernels(
+    arch: Annotated[int, typer.Option(help=f"Architecture: {', '.join(map(str, ARCHITECTURES))}.")] = 90,
+    sweeps: Annotated[bool, typer.Option("--sweeps", help="Also what sweeps launch.")] = False,
+    tiles: Annotated[bool, typer.Option("--tiles", help="Also all candidates that `tune` would try.")] = False,
+    ops: Annotated[str | None, typer.Option(help=f"By commas, of {', '.join(TRITON_OPS)}. Default: all.")] = None,
+    shape: Sizes = None,
+    scale: Scale = "paper",
+    workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
+    minutes: Minutes = None,
+) -> None:
+    """Compile the Triton kernels that benchmarks launch, into Triton's cache; no GPU is needed.
+
+    Exit status 1 when what the tables have does not compile or needs more than a block can have."""
+    wanted = _words(ops) or list(TRITON_OPS)
+    if arch not in ARCHITECTURES or not set(wanted) <= set(TRITON_OPS):
+        raise ValueError(
+            f"compile: wanted --arch of {', '.join(map(str, ARCHITECTURES))} and --ops of {', '.join(TRITON_OPS)}, got"
+            f" {arch} and {ops}"
+        )
+    paper, adjust = _paper(scale, torch.device("cuda")), _adjustment(shape, None)
+    points = suite.kernel_points(wanted, paper=paper, adjust=adjust)
+    if sweeps:
+        kept = [(op, shapes) for op in wanted for shapes in default_sweeps(op, paper=paper).values()]
+        points += [suite.Point(op, one) for op, shapes in kept for one in shapes]
+    if not compile_points(points, arch, candidates=tiles, workers=workers, minutes=minutes):
+        raise typer.Exit(1)
 
 
 @bench_app.command("compare")

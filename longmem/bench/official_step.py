@@ -127,8 +127,11 @@ class Steps:
 
         return step, losses
 
-    def measure(self, provider: StepProvider, steps: int) -> tuple[Row, list[float]]:
-        """Time `steps` steps, after one that warms up and one that shows the memory they take; and all losses."""
+    def measure(
+        self, provider: StepProvider, steps: int, watch: Callable[[Row, Callable[[], None]], None] | None = None
+    ) -> tuple[Row, list[float]]:
+        """Time `steps` steps, after one that warms up and one that shows the memory they take; and all losses. `watch`
+        gets the row and the step, to take more of them."""
         step, losses = self.prepare(provider)
         step()
         peak = peak_extra_bytes(step, self.device)
@@ -138,7 +141,10 @@ class Steps:
                 begin = time.perf_counter()
                 step()
                 seconds.append(time.perf_counter() - begin)
-        return self.row(provider, peak_bytes=peak, cores=clock.cores, **summarise(seconds)), losses
+        row, taken = self.row(provider, peak_bytes=peak, cores=clock.cores, **summarise(seconds)), list(losses)
+        if watch is not None:
+            watch(row, step)
+        return row, taken
 
     def row(self, provider: StepProvider, **numbers: Any) -> Row:
         """A row with everything but the numbers filled in."""
@@ -174,8 +180,13 @@ class Steps:
                 parameter.grad = None
 
 
-def measure_steps(shape: StepShape, steps: int = 4, device: torch.device | str = "cpu") -> list[Row]:
-    """Rows of all providers, which have all had the same losses at every step.
+def measure_steps(
+    shape: StepShape,
+    steps: int = 4,
+    device: torch.device | str = "cpu",
+    watch: Callable[[Row, Callable[[], None]], None] | None = None,
+) -> list[Row]:
+    """Rows of all providers, which have all had the same losses at every step. `watch`: see `Steps.measure`.
 
     Raises:
         GateError: a provider's losses are others.
@@ -184,7 +195,7 @@ def measure_steps(shape: StepShape, steps: int = 4, device: torch.device | str =
     rows: list[Row] = []
     wanted: list[float] = []
     for provider in step_providers(case.device):
-        row, losses = case.measure(provider, steps)
+        row, losses = case.measure(provider, steps, watch)
         wanted = wanted or losses
         check_losses(provider, losses, wanted)
         rows.append(row)

@@ -36,7 +36,7 @@ class Variant:
 
     op: str
     shape: Shape
-    uses: dict[str, _tiles.Use] = field(default_factory=dict)
+    uses: dict[str, _tiles.Use] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         uses = "".join(f", {kernel} {use}" for kernel, use in self.uses.items())

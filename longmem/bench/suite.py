@@ -118,8 +118,8 @@ class Task:
     named: bool  # asked for by name
 
 
-def tasks(todo: Sequence[Point], wanted: Sequence[str]) -> list[Task]:
-    """Every provider of every point, or those that `matches` one of `wanted`.
+def tasks(todo: Sequence[Point], wanted: Sequence[str], unwanted: Sequence[str] = ()) -> list[Task]:
+    """Every provider of every point, or those that `matches` one of `wanted`; none that matches one of `unwanted`.
 
     Raises:
         ValueError: one of `wanted` fits no provider.
@@ -129,6 +129,7 @@ def tasks(todo: Sequence[Point], wanted: Sequence[str]) -> list[Task]:
         if not any(matches(task.provider, word) for task in found):
             names = "; ".join(dict.fromkeys(task.provider.name for task in found))
             raise ValueError(f"providers: wanted some of: {names}; got {word!r}")
+    found = [task for task in found if not any(matches(task.provider, word) for word in unwanted)]
     return [task for task in found if not wanted or any(matches(task.provider, word) for word in wanted)]
 
 

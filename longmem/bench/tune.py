@@ -179,6 +179,28 @@ def update(rankings: Sequence[Ranking], folder: Path = _tiles.FOLDER) -> list[Pa
     return changed
 
 
+def compile_points(
+    points: Sequence[Point], architecture: int, *, candidates: bool, workers: int, minutes: float | None = None
+) -> bool:
+    """Compile what the points launch on sm_`architecture` into Triton's cache, with `candidates` also what
+    `tune_points` would try there. Prints what does not fit; whether the tables' own rows all do."""
+    variants = list(dict.fromkeys(Variant(point.op, point.shape) for point in points))
+    if candidates:
+        variants = candidates_of(variants, architecture)
+    with tqdm(total=len(variants), desc=f"sm_{architecture}", unit="variant") as bar:
+        seconds = None if minutes is None else 60 * minutes
+        compiled = compile_all(variants, architecture, workers=workers, seconds=seconds, done=lambda _: bar.update())
+    refused = [one for one in compiled if one.reason]
+    for one in refused:
+        typer.echo(f"{one.variant}: {one.reason}", err=True)
+    wrong = [one for one in refused if not one.variant.uses]
+    typer.echo(
+        f"sm_{architecture}: {len(compiled)} of {len(variants)} variants compiled, {len(refused) - len(wrong)}"
+        f" candidates need more than there is, {len(wrong)} of the tables do not fit"
+    )
+    return not wrong
+
+
 def tune_points(
     points: Sequence[Point],
     device: torch.device,
