@@ -85,7 +85,7 @@ def _same(what: str, got: Tensor, wanted: Tensor) -> None:
 
 
 def fp8(device: torch.device) -> None:
-    """A float8 ring holds what the reference writes, attention to it agrees with the reference; timed beside bfloat16."""
+    """A float8 ring holds what the reference writes, attention to it agrees with it too; timed beside bfloat16."""
     B, H, G, D, T, M, K = (8, 16, 16, 64, 1024, 16384, 16) if device.type == "cuda" else (2, 4, 2, 32, 16, 64, 4)
     key, value = (torch.randn(B, G, 4 * T, D, device=device, dtype=torch.bfloat16) for _ in range(2))
     query = torch.randn(B, H, T, D, device=device, dtype=torch.bfloat16)

@@ -230,11 +230,12 @@ def everything(
     minutes: Minutes = None,
     kernels: Kernels = False,
     base: Annotated[bool, typer.Option("--base", help="The base shapes alone.")] = False,
+    sweeps: Annotated[bool, typer.Option("--sweeps", help="The sweeps alone.")] = False,
 ) -> None:
     """Every question at its base shapes, then every sweep."""
     target = choose_device(device)
     paper, adjust = _paper(scale, target), _adjustment(None, dtype)
-    todo = suite.base(paper=paper, adjust=adjust) if base else suite.everything(paper=paper, adjust=adjust)
+    todo = suite.everything(paper=paper, adjust=adjust, base=not sweeps, sweeps=not base)
     _answer(
         todo,
         providers,

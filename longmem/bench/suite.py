@@ -69,15 +69,16 @@ def points(question: str, sweep: str | None, *, paper: bool, adjust: Callable[[S
     return found
 
 
-def base(*, paper: bool, adjust: Callable[[Shape], Shape]) -> list[Point]:
-    """Every question's base shapes."""
-    return [point for name in QUESTIONS for point in points(name, None, paper=paper, adjust=adjust)]
+def everything(*, paper: bool, adjust: Callable[[Shape], Shape], base: bool = True, sweeps: bool = True) -> list[Point]:
+    """Every question's base shapes first, then every sweep: a time limit cuts the latter.
 
-
-def everything(*, paper: bool, adjust: Callable[[Shape], Shape]) -> list[Point]:
-    """Every question's base shapes first, then every sweep: a time limit cuts the latter."""
-    swept = [point for name in QUESTIONS for point in points(name, "all", paper=paper, adjust=adjust)]
-    return base(paper=paper, adjust=adjust) + swept
+    Raises:
+        ValueError: neither is wanted.
+    """
+    if not (base or sweeps):
+        raise ValueError("wanted base shapes, sweeps, or neither named for both")
+    wanted = [*([None] if base else []), *(["all"] if sweeps else [])]
+    return [point for kind in wanted for name in QUESTIONS for point in points(name, kind, paper=paper, adjust=adjust)]
 
 
 def kernel_points(ops: Sequence[str], *, paper: bool, adjust: Callable[[Shape], Shape]) -> list[Point]:
