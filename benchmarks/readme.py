@@ -39,7 +39,7 @@ def measured(paths: list[Path]) -> str:
         result = Result.load(path)
         parts.append("\n".join([_heading(result), "", *_table(result), "", _source(path)]))
     if not any(Result.load(path).on_gpu for path in paths):
-        parts.append("GPU: not measured yet.")
+        parts.append("GPU: no kept result yet; what was measured once is below.")
     return "\n\n".join(parts) + "\n"
 
 
