@@ -116,7 +116,8 @@ def _ending(error: BaseException) -> Ending:
 def _of_the_user(error: BaseException) -> Ending | None:
     """Ctrl-C, a signal, a closed pipe, an exit."""
     if isinstance(error, KeyboardInterrupt):
-        return Ending("interrupted", 128 + SIGINT, kept=True, plain=True)
+        said = str(error)  # by who was interrupted: what is kept
+        return Ending(f"interrupted: {said}" if said else "interrupted", 128 + SIGINT, kept=not said, plain=True)
     if isinstance(error, Stopped):
         return Ending(f"stopped by {error}", 128 + error.number, kept=True, plain=True)
     if isinstance(error, BrokenPipeError):
