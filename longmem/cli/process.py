@@ -52,8 +52,8 @@ def reuse_memory() -> bool:
     """Let glibc keep freed tensors of up to 1 GiB for the next ones, unless the environment sets its allocator.
 
     A training step allocates the same tensors again and again. By default glibc returns the large ones to the system,
-    which zeroes their pages anew each time: a sixth of the processor time of a step of SmolLM2. Reuse costs as much more
-    memory, since a place that was freed is not always the size of what comes next.
+    which zeroes their pages anew each time: a sixth of the processor time of a step of SmolLM2. Reuse costs memory in
+    turn, since a place that was freed is not always the size of what comes next.
 
     Returns whether it was done: not with another allocator or C library.
     """
