@@ -140,7 +140,8 @@ def _of_typer(error: BaseException) -> Ending | None:
     if not text:  # help was asked for by giving no argument, and has been printed
         return Ending("", 2)
     command = context.command_path if context is not None else "longmem"
-    return Ending(f"{text.rstrip('.')}. {command} --help shows what it takes", 2)
+    stop = "" if text.endswith((".", "?")) else "."
+    return Ending(f"{text}{stop} {command} --help shows what it takes", 2)
 
 
 _MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
