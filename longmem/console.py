@@ -252,7 +252,8 @@ def remember_with_bar(model: LongMem, documents: Sequence[torch.Tensor], memory:
         begin = min(unread, len(document)) // segment * segment
         unread -= min(unread, len(document))
         pieces += document[None, begin:].split(segment, 1)
-    with tqdm(total=sum(piece.shape[1] for piece in pieces), desc="remember", unit="tok", unit_scale=True) as bar:
+    total_read = sum(piece.shape[1] for piece in pieces)
+    with tqdm(total=total_read, desc="remember", unit="tok", unit_scale=True, disable=not pieces) as bar:
         for piece in pieces:
             with autocast("auto", model.backbone.device):
                 model.remember(piece.long().to(model.backbone.device), memory)

@@ -48,7 +48,9 @@ def texts(tmp_path: Path) -> Path:
 
 def run(*arguments: str | Path) -> int:
     """What the command exits with; this process's environment and arguments stay as they are."""
-    with patch.dict(os.environ), patch.object(sys, "argv", ["longmem", *map(str, arguments)]):
+    # The allocator of this process stays as it is as well: a command leaves it alone where the environment sets it.
+    settings = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
+    with patch.dict(os.environ, settings), patch.object(sys, "argv", ["longmem", *map(str, arguments)]):
         try:
             cli.main()
         except SystemExit as stop:

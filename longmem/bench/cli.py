@@ -1,8 +1,9 @@
-"""The work of `longmem bench` and `longmem profile`."""
+"""The work of `longmem bench` and `longmem profile`. Their options are in `longmem.cli.bench`."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,16 +16,22 @@ from tqdm import tqdm
 
 from longmem.cli.failures import doing
 from longmem.cli.output import note
+from longmem_kernels._tiles import ARCHITECTURES
 
 from ..console import check_folder, choose_device
 from . import compare as comparing
 from . import suite
 from .ceilings import ceilings
-from .measure import Row
+from .kernels import kernel_times
+from .kernels import table as kernel_table
+from .measure import Row, Watch
 from .plots import plot, plot_sweeps
-from .report import quantity, table
+from .precompile import TRITON_OPS
+from .providers import Prepared
+from .report import brief, quantity, table, title
 from .results import Result
-from .shapes import Shape
+from .shapes import Shape, default_sweeps
+from .tune import compile_points, tune_points
 
 _SAVE_EVERY = 20.0  # seconds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,43 +45,40 @@ def answer(
     dtype: str | None,
     scale: str,
     providers: str | None,
+    without: str | None,
     seconds: float,
     json: Path | None,
     plots: Path | None,
     keep: bool,
+    kernels: bool,
     sweep: str | None = None,
     shape: str | None = None,
     model: str | None = None,
     minutes: float | None = None,
+    base: bool = False,
+    sweeps: bool = False,
 ) -> None:
     """Measure what answers `question` (None: all of them), print, save, draw; the arguments are the options' values.
 
     Raises:
-        typer.Exit: with status 1, when something of ours was wrong.
+        typer.Exit: with status 1 when something of ours was wrong, 130 after an interrupt, which leaves what was
+            measured before it.
     """
     adjust = _adjustment(shape, dtype, model)
-    wanted = [word.strip() for word in providers.split(",")] if providers else []
-    for folder in [plots, json.parent if json not in (None, _STDOUT) else None]:
+    for folder in [plots, json.parent if json is not None and json != _STDOUT else None]:
         if folder is not None:
             check_folder(folder)
     target = choose_device(device)
     paper = _paper(scale, target)
     if question is None:
-        todo = suite.everything(paper=paper, adjust=adjust)
+        todo = suite.everything(paper=paper, adjust=adjust, base=not sweeps, sweeps=not base)
     else:
         todo = suite.points(question, sweep, paper=paper, adjust=adjust)
-    work = suite.tasks(todo, wanted)
-    _announce(target)
+    work = suite.tasks(todo, _words(providers), _words(without))
     # With JSON on stdout, a library that prints must not get in between.
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr) if json == _STDOUT else contextlib.nullcontext():
-        rows = _measure(work, target, seconds=seconds, minutes=minutes, file=None if json == _STDOUT else json)
-        _report(Result.now(rows, target), json, plots, keep, stdout)
-    wrong = [row for row in rows if row.wrong and row.ours]
-    for row in wrong:
-        note(f"WRONG: {row.provider}, {row.op} [{row.shape} {row.dtype}]: {row.reason}", red=True)
-    if wrong:
-        raise typer.Exit(1)
+        _answer(work, target, seconds, minutes, json, plots, keep, kernels, stdout)
 
 
 def _paper(scale: str, device: torch.device) -> bool:
@@ -85,37 +89,81 @@ def _adjustment(sizes: str | None, dtype: str | None, model: str | None = None) 
     return suite.adjustment(suite.parse_sizes(sizes) if sizes else {}, DTYPES[dtype] if dtype else None, model)
 
 
-def _measure(
-    work: Sequence[suite.Task], device: torch.device, *, seconds: float, minutes: float | None, file: Path | None
-) -> list[Row]:
-    """The rows, saved to `file` every now and then: a run that is cut short leaves what it has."""
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in text.split(",")] if text else []
+
+
+def _answer(
+    work: Sequence[suite.Task],
+    device: torch.device,
+    seconds: float,
+    minutes: float | None,
+    json: Path | None,
+    plots: Path | None,
+    keep: bool,
+    kernels: bool,
+    stdout: TextIO,
+) -> None:
     rows: list[Row] = []
+    found: list[str] = []
+
+    def look_into(row: Row, prepared: Prepared) -> None:
+        times = kernel_times(prepared.run, device, prepared.repeat)
+        found.append(kernel_table(f"{row.provider}, {title(row)}: ms per operation", times))
+
+    file, interrupted = None if json == _STDOUT else json, False
+    with doing("measuring"):
+        try:
+            watch = look_into if kernels else None
+            _measure(work, device, rows, seconds=seconds, minutes=minutes, file=file, watch=watch)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            interrupted = True
+    result = Result.now(rows, device)
+    print(result.text() if json == _STDOUT else "\n\n".join([table(rows), *found]), file=stdout, flush=True)
+    if file is not None:
+        note(f"wrote {result.save(file)}")
+    if keep and not interrupted:
+        note(f"wrote {result.keep()}")
+    if plots is not None and any(row.median_ms is not None for row in rows):
+        for path in draw(rows, plots, result.date):
+            note(f"wrote {path}")
+    wrong = [row for row in rows if row.wrong and row.ours]
+    for row in wrong:
+        note(f"WRONG: {row.provider}, {row.op} [{row.shape} {row.dtype}]: {row.reason}", red=True)
+    if interrupted:
+        note(f"interrupted after {len(rows)} of {len(work)} rows", red=True)
+        raise typer.Exit(130)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _measure(
+    work: Sequence[suite.Task],
+    device: torch.device,
+    rows: list[Row],
+    *,
+    seconds: float,
+    minutes: float | None,
+    file: Path | None,
+    watch: Watch | None,
+) -> None:
+    """Append a row for every task, each of them said as soon as it is there."""
     saved = time.monotonic()
-
-    def kept() -> str:
-        return f"rows measured so far are in {file}" if file is not None and file.exists() else "no row was kept"
-
-    with doing("measuring", kept), tqdm(total=len(work), desc="bench", unit="row") as bar:
-        for task, row in suite.run(work, device, seconds=seconds, minutes=minutes):
+    with tqdm(total=len(work), desc="bench", unit="row") as bar:
+        for task, row in suite.run(work, device, seconds=seconds, minutes=minutes, watch=watch):
+            if not rows:
+                _announce(device)
             rows.append(row)
+            if row.median_ms is not None:
+                note(f"{row.op} [{row.shape} {row.dtype}] {row.provider}: {brief(row)}")
+            # A run that is cut short leaves what it has.
             if file is not None and time.monotonic() - saved > _SAVE_EVERY:
                 Result.now(rows, device).save(file)
                 saved = time.monotonic()
             bar.set_postfix_str(f"{task.point.op}: {task.provider.name}"[:60], refresh=False)
             bar.update()
-    return rows
-
-
-def _report(result: Result, json: Path | None, plots: Path | None, keep: bool, stdout: TextIO) -> None:
-    """Print the table, or JSON where `json` says so, and write what was asked for."""
-    print(result.text() if json == _STDOUT else table(result.rows), file=stdout, flush=True)
-    if json is not None and json != _STDOUT:
-        note(f"wrote {result.save(json)}")
-    if keep:
-        note(f"wrote {result.keep()}")
-    if plots is not None:
-        for path in draw(result.rows, plots, result.date):
-            note(f"wrote {path}")
 
 
 def _announce(device: torch.device) -> None:
@@ -139,6 +187,67 @@ def draw(rows: Sequence[Row], folder: Path, date: str) -> list[Path]:
             if any(row.median_ms is not None for row in chosen):
                 written.append(draws(chosen, folder / f"{op}-{kind}.png", date=date))
     return written
+
+
+def tune_tiles(
+    op: str | None,
+    *,
+    shape: str | None,
+    dtype: str | None,
+    kernel: str | None,
+    device: str,
+    scale: str,
+    seconds: float,
+    minutes: float | None,
+    workers: int,
+    json: Path | None,
+    write: bool,
+) -> None:
+    """Rank the candidates of the tile tables; the arguments are the options' values."""
+    adjust = _adjustment(shape, dtype)
+    target = choose_device(device)
+    points = suite.kernel_points([op] if op else TRITON_OPS, paper=_paper(scale, target), adjust=adjust)
+    tune_points(
+        points,
+        target,
+        kernels=_words(kernel),
+        seconds=seconds,
+        minutes=minutes,
+        workers=workers,
+        json=json,
+        write=write,
+    )
+
+
+def compile_kernels(
+    *,
+    arch: int,
+    sweeps: bool,
+    tiles: bool,
+    ops: str | None,
+    shape: str | None,
+    scale: str,
+    workers: int | None,
+    minutes: float | None,
+) -> None:
+    """Compile Triton kernels beforehand; the arguments are the options' values.
+
+    Raises:
+        typer.Exit: with status 1, when what the tables have does not compile.
+    """
+    wanted = _words(ops) or list(TRITON_OPS)
+    if arch not in ARCHITECTURES or not set(wanted) <= set(TRITON_OPS):
+        raise ValueError(
+            f"compile: wanted --arch of {', '.join(map(str, ARCHITECTURES))} and --ops of {', '.join(TRITON_OPS)}, got"
+            f" {arch} and {ops}"
+        )
+    paper, adjust = _paper(scale, torch.device("cuda")), _adjustment(shape, None)
+    points = suite.kernel_points(wanted, paper=paper, adjust=adjust)
+    if sweeps:
+        kept = [(op, shapes) for op in wanted for shapes in default_sweeps(op, paper=paper).values()]
+        points += [suite.Point(op, one) for op, shapes in kept for one in shapes]
+    if not compile_points(points, arch, candidates=tiles, workers=workers or os.cpu_count() or 1, minutes=minutes):
+        raise typer.Exit(1)
 
 
 def compare(before: Path, after: Path) -> None:

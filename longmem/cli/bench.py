@@ -20,6 +20,7 @@ def _question(question: str) -> Callable[..., None]:
     def command(
         sweep: o.Sweep = None,
         providers: o.Providers = None,
+        without: o.Without = None,
         device: o.DeviceName = "auto",
         shape: o.Sizes = None,
         dtype: o.DtypeName = None,
@@ -29,6 +30,7 @@ def _question(question: str) -> Callable[..., None]:
         plots: o.Plots = None,
         keep: o.Keep = False,
         model: o.ModelName = None,
+        kernels: o.Kernels = False,
     ) -> None:
         given = {"question": question} | locals()
         from longmem.bench.cli import answer
@@ -52,6 +54,7 @@ for _name, _about in {
 @bench_app.command("all")
 def everything(
     providers: o.Providers = None,
+    without: o.Without = None,
     device: o.DeviceName = "auto",
     dtype: o.DtypeName = None,
     scale: o.ScaleName = "auto",
@@ -60,12 +63,60 @@ def everything(
     plots: o.Plots = None,
     keep: o.Keep = False,
     minutes: o.Minutes = None,
+    kernels: o.Kernels = False,
+    base: o.BaseAlone = False,
+    sweeps: o.SweepsAlone = False,
 ) -> None:
     """Every question at its base shapes, then every sweep."""
     given = dict(locals())
     from longmem.bench.cli import answer
 
     answer(None, **given)
+
+
+@bench_app.command("tune")
+def tune_tiles(
+    op: Annotated[o.TritonOp | None, typer.Argument(help="The operation; default: all.")] = None,
+    shape: o.Sizes = None,
+    dtype: o.DtypeName = None,
+    kernel: o.KernelNames = None,
+    device: o.DeviceName = "auto",
+    scale: o.ScaleName = "auto",
+    seconds: o.Seconds = 0.05,
+    minutes: o.Minutes = None,
+    workers: o.Workers = 0,
+    json: o.RankingsFile = None,
+    write: o.Update = False,
+) -> None:
+    """Time all candidates of the Triton kernels' tile tables, each behind the correctness check.
+
+    Without a shape, at the base shapes, prefill and decoding.
+    """
+    given = dict(locals())
+    from longmem.bench.cli import tune_tiles as work
+
+    work(**given)
+
+
+@bench_app.command("compile")
+def compile_kernels(
+    arch: o.Architecture = 90,
+    sweeps: o.AlsoSweeps = False,
+    tiles: o.AlsoTiles = False,
+    ops: o.Ops = None,
+    shape: o.Sizes = None,
+    scale: o.ScaleName = "paper",
+    workers: o.Compilers = None,
+    minutes: o.Minutes = None,
+) -> None:
+    """Compile the Triton kernels that benchmarks launch, into Triton's cache; no GPU is needed.
+
+    Exit status 1 when what the tables have does not compile or needs more than a block can have.
+    """
+    given = dict(locals())
+    from longmem.bench.cli import compile_kernels as work
+
+    work(**given)
 
 
 @bench_app.command("compare")

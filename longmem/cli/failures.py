@@ -116,7 +116,8 @@ def _ending(error: BaseException) -> Ending:
 def _of_the_user(error: BaseException) -> Ending | None:
     """Ctrl-C, a signal, a closed pipe, an exit."""
     if isinstance(error, KeyboardInterrupt):
-        return Ending("interrupted", 128 + SIGINT, kept=True, plain=True)
+        said = str(error)  # by who was interrupted: what is kept
+        return Ending(f"interrupted: {said}" if said else "interrupted", 128 + SIGINT, kept=not said, plain=True)
     if isinstance(error, Stopped):
         return Ending(f"stopped by {error}", 128 + error.number, kept=True, plain=True)
     if isinstance(error, BrokenPipeError):
@@ -139,7 +140,8 @@ def _of_typer(error: BaseException) -> Ending | None:
     if not text:  # help was asked for by giving no argument, and has been printed
         return Ending("", 2)
     command = context.command_path if context is not None else "longmem"
-    return Ending(f"{text.rstrip('.')}. {command} --help shows what it takes", 2)
+    stop = "" if text.endswith((".", "?")) else "."
+    return Ending(f"{text}{stop} {command} --help shows what it takes", 2)
 
 
 _MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)

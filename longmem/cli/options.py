@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -17,6 +17,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scale = Literal["auto", "paper", "small"]
 BenchModel = Literal["tiny", "smollm2"]
+TritonOp = Literal["chunk_topk", "memory_attention", "memory_attention_backward", "memory_layer"]
 
 # Of `generate`, where the model's generation configuration says nothing.
 TEMPERATURE, TOP_P = 0.7, 0.95
@@ -271,6 +272,29 @@ Sweep = Annotated[
 ]
 Providers = Annotated[
     str | None, _option(help="Parts of names, by commas: longmem,faiss. Default: all.", panel=_MEASURED)
+]
+Without = Annotated[str | None, _option(help="Parts of names to leave out, by commas: reference.", panel=_MEASURED)]
+Kernels = Annotated[
+    bool, _option("--kernels", help="Print the times of single kernels (CPU: ops) as well.", panel=_MEASURED)
+]
+BaseAlone = Annotated[bool, _option("--base", help="The base shapes alone.", panel=_MEASURED)]
+SweepsAlone = Annotated[bool, _option("--sweeps", help="The sweeps alone.", panel=_MEASURED)]
+KernelNames = Annotated[
+    str | None, _option("--kernel", help="Parts of kernels' names, by commas. Default: all.", panel=_MEASURED)
+]
+Workers = Annotated[int, _option(min=0, help="Processes that compile candidates beforehand; 0: none.", panel=_MEASURED)]
+Compilers = Annotated[
+    int | None, _option("--workers", min=1, help="Processes that compile; default: one per core.", panel=_MEASURED)
+]
+RankingsFile = Annotated[
+    Path | None, _option("--json", help="Write rankings and winners; LONGMEM_TILES reads it.", panel=_TEXTS)
+]
+Update = Annotated[bool, _option("--update", help="Put the winners into the tables of longmem_kernels.", panel=_TEXTS)]
+Architecture = Annotated[int, _option("--arch", min=1, help="Compute capability: 80 or 90.", panel=_MEASURED)]
+AlsoSweeps = Annotated[bool, _option("--sweeps", help="Also what sweeps launch.", panel=_MEASURED)]
+AlsoTiles = Annotated[bool, _option("--tiles", help="Also all candidates that `tune` would try.", panel=_MEASURED)]
+Ops = Annotated[
+    str | None, _option(help=f"By commas, of {', '.join(get_args(TritonOp))}. Default: all.", panel=_MEASURED)
 ]
 Sizes = Annotated[str | None, _option("--shape", help="Other sizes than the base shape's: B=1,T=256.", panel=_MEASURED)]
 DtypeName = Annotated[

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longmem_kernels import _tiles
 from longmem_kernels._triton import ring_of_row
 
 from .triton_search import (
@@ -132,19 +133,11 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def search_tiles(dtype: torch.dtype, rows: int, head_dim: int) -> Tiles:
-    """For scores computed in `dtype` and `rows` queries that search the same centroids: no register is spilled."""
-    if dtype == torch.float32:
-        if rows <= 16:
-            return Tiles(BT=16, BM=32 if head_dim <= 64 else 16, lanes=1, num_warps=4)
-        return Tiles(32, 32, lanes=1, num_warps=4) if head_dim <= 64 else Tiles(32, 16, lanes=1, num_warps=8)
-    if rows > 64 and head_dim <= 128:
-        return Tiles(BT=128, BM=128, lanes=4, num_warps=8)
-    if rows > 16:
-        return Tiles(BT=64, BM=128 if head_dim <= 128 else 64, lanes=4, num_warps=4)
-    if head_dim <= 128:
-        return Tiles(BT=16, BM=32, lanes=4, num_warps=1)  # tensor cores take no fewer rows
-    return Tiles(BT=16, BM=64, lanes=4, num_warps=4)
+def search_tiles(device: torch.device, dtype: torch.dtype, rows: int, head_dim: int) -> Tiles:
+    """For scores computed in `dtype` and `rows` queries that search the same centroids, as the tables of `_tiles` say:
+    no register is spilled."""
+    kernel, capability = "chunk_topk_search_kernel", _tiles.capability(device)
+    return Tiles(**_tiles.choose(kernel, capability, dtype=_tiles.kind(dtype), rows=rows, D=head_dim))
 
 
 def largest_power_of_2(up_to: int) -> int:
@@ -163,7 +156,9 @@ def chunk_topk_triton(
         return ids, scores
 
     rows = H // G * T
-    BT, BM, lanes, num_warps = search_tiles(query.dtype if query.dtype == centroid.dtype else torch.float32, rows, D)
+    BT, BM, lanes, num_warps = search_tiles(
+        query.device, query.dtype if query.dtype == centroid.dtype else torch.float32, rows, D
+    )
     BK = max(2, triton.next_power_of_2(k))
     # A list must hold K + SLACK entries and what one more tile appends.
     capacity = triton.cdiv(k + SLACK.value + BM // GROUP // lanes, CHUNK.value) * CHUNK.value
