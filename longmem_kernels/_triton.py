@@ -3,12 +3,34 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 # Triton's interpreter keeps bfloat16 as bits: it multiplies them as integers and truncates where a GPU rounds. Two
 # branches below exist for that and compile to nothing.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+class Rows(NamedTuple):
+    """A tensor of four axes as a kernel sees it: a pointer and the strides of all but the last axis, which is contiguous.
+    The axes are named batch, head and token, whatever they are."""
+
+    ptr: Any
+    b: Any
+    h: Any
+    t: Any
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Rows:
+        return cls(tensor, *tensor.stride()[:3])
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; that of Hopper for the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @triton.jit
