@@ -12,7 +12,7 @@ from .decide import chunk_topk_decide_kernel
 from .search import COARSE, DIRECT, LANES, chunk_topk_norm_kernel, chunk_topk_search_kernel
 from .tiles import how_to_score, search_tiles
 
-PROGRAMS = 2 * 132  # of the search, at least: the slots are split among them when queries are few
+WARPS = 16 * 132  # what the SMs of the largest GPUs should hold; the slots are split when queries are few
 DECIDED = 512  # entries that a program of the decision looks at together
 
 
@@ -48,7 +48,7 @@ def chunk_topk_triton(
         chunk_topk_search_kernel[(B * G * blocks * splits,)](
             q, c, count, ring_index, norms, lists, lengths,
             H, G, T, R, M, k, splits,
-            HOW=how, D=D, BD=BD, BT=tiles.BT, BN=tiles.BN, EN=32, NG=tiles.NG, SAMPLE=tiles.sample,
+            HOW=how, D=D, BD=BD, PIECE=min(BD, tiles.piece), BT=tiles.BT, BN=tiles.BN, NG=tiles.NG, SAMPLE=tiles.sample,
             CAPACITY=tiles.capacity, STAGES=tiles.num_stages, num_warps=tiles.num_warps, **options,
         )  # fmt: skip
         chunk_topk_decide_kernel[(B * G * triton.cdiv(rows, BR),)](
@@ -61,5 +61,5 @@ def chunk_topk_triton(
 
 def _splits(warps: int, tiles: int) -> int:
     """In how many parts the slots are searched: enough to occupy a GPU, not so many that a part is no work."""
-    wanted = PROGRAMS * 8 // warps
+    wanted = WARPS // warps
     return 1 << max(min(wanted, tiles // 4).bit_length() - 1, 0)

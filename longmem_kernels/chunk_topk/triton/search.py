@@ -21,6 +21,8 @@ third part, on the device: it bisects for the K-th largest score, counting in a 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -44,6 +46,28 @@ COARSE_ERROR = tl.constexpr(2.0**-9 * 1.05)
 TINY = tl.constexpr(2.0**-110)  # covers products below the smallest normal number
 
 
+class Task(NamedTuple):
+    """What a program searches, inside the kernel.
+
+    Attributes:
+        b_query: [BT, PIECE], the first piece of the head dim, zero where there is no query.
+        p_rows, m_row: [BT], the queries in memory, and which there are.
+        p_ring, s_slot: the ring's centroids of one head.
+    """
+
+    b_query: Any
+    p_rows: Any
+    m_row: Any
+    p_ring: Any
+    s_slot: Any
+
+
+@triton.jit
+def _load_query(p_rows, m_row, d, D: tl.constexpr, BD: tl.constexpr):
+    o_d = d + tl.arange(0, BD)
+    return tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+
+
 @triton.jit
 def _cut(x):
     """What tensor cores read of a float32: for the interpreter, which multiplies all of it."""
@@ -51,7 +75,7 @@ def _cut(x):
 
 
 @triton.jit
-def _scores(b_query, b_centroid, HOW: tl.constexpr):
+def _products(b_query, b_centroid, HOW: tl.constexpr):
     """[BT, BD] @ [BD, BN] -> [BT, BN] float32."""
     if HOW == DIRECT:
         return dot(b_query, b_centroid)
@@ -66,11 +90,24 @@ def _scores(b_query, b_centroid, HOW: tl.constexpr):
 
 
 @triton.jit
-def _tail(p_tile, s_m, o_d, left, D: tl.constexpr, BN: tl.constexpr):
-    """The last tile, of which `left` slots are stored: [BD, BN], zero elsewhere."""
-    o_n = tl.arange(0, BN)
-    mask = (o_d < D)[:, None] & (o_n < left)[None, :]
-    return tl.load(p_tile + o_n.to(tl.int64)[None, :] * s_m + o_d[:, None], mask=mask, other=0.0)
+def _scores(
+    task, first, end, HOW: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PIECE: tl.constexpr, BN: tl.constexpr
+):
+    """Scores [BT, BN] of the slots from `first` on, in pieces of the head dim; zero from slot `end` on."""
+    o_n = tl.arange(0, BN)[None, :]
+    p_slots = task.p_ring + first * task.s_slot + o_n.to(tl.int64) * task.s_slot
+    m_n = o_n < end - first
+    o_d = tl.arange(0, PIECE)[:, None]
+    if PIECE == BD:
+        b_centroid = tl.load(p_slots + o_d, mask=m_n & (o_d < D), other=0.0)
+        return _products(task.b_query, b_centroid, HOW)
+    else:
+        b_score = tl.zeros([task.p_rows.shape[0], BN], tl.float32)
+        for d in tl.range(0, D, PIECE, num_stages=2):  # unrolled, it would hold all of the query in registers
+            b_query = _load_query(task.p_rows, task.m_row, d, D, PIECE)
+            b_centroid = tl.load(p_slots + d + o_d, mask=m_n & (d + o_d < D), other=0.0)
+            b_score += _products(b_query, b_centroid, HOW)
+        return b_score
 
 
 @triton.jit
@@ -88,9 +125,9 @@ def _group_maxima(b_score, NG: tl.constexpr):
 
 
 @triton.jit
-def _bar(b_best, K, NG: tl.constexpr):
-    """The K-th largest of the groups' maxima [BT, NG / LANES, LANES], or a little less: [BT]."""
-    key = key_of_score(tl.reshape(b_best, [b_best.shape[0], NG]))
+def _bar(b_best, K):
+    """The K-th largest of each row [BT, NG], or a little less: [BT]."""
+    key = key_of_score(b_best)
     low, high = tl.min(key, axis=1), tl.max(key, axis=1)  # K or more reach `low`
     for _ in range(BISECTIONS):
         middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
@@ -277,62 +314,60 @@ def _take(length, ties_left, nans_left, b_low, p_list, slot, end, s):
 
 @triton.jit
 def _exact(
-    b_query, p_split, s_m, o_d, stored, first_slot, b_bar, m_row, p_list, K,
-    HOW: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, CAPACITY: tl.constexpr,
+    task, first, end, b_bar, p_list, K,
+    HOW: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PIECE: tl.constexpr, BN: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Lists that hold the best K of the split whatever the scores are. Returns their lengths [BT, LANES], up to CAPACITY.
+    """Lists that hold the best K of the slots `first` to `end` whatever their scores are.
 
     Args:
-        p_split: the split's first centroid, of `stored`, the number of which in the ring is `first_slot`.
         b_bar: [BT], reached by K chunks or more, where there are K numbers.
         p_list: [BT, LANES].
+
+    Returns:
+        The lists' lengths [BT, LANES], at most CAPACITY.
     """
-    BT: tl.constexpr = b_query.shape[0]
-    o_n = tl.arange(0, BN)
-    numbers = tl.zeros([BT, LANES], tl.int32)
-    largest = tl.full([BT, LANES], float("-inf"), tl.float32)
-    for n in tl.range(0, stored, BN, num_stages=2):
-        left = stored - n
-        b_score = _scores(b_query, _tail(p_split + n.to(tl.int64) * s_m, s_m, o_d, left, D, BN), HOW)
-        b_score = tl.where((o_n < left)[None, :], b_score, float("nan"))
+    BT: tl.constexpr = b_bar.shape[0]
+    shape: tl.constexpr = [BT, LANES]
+    o_n = tl.arange(0, BN)[None, :]
+    numbers = tl.zeros(shape, tl.int32)
+    largest = tl.full(shape, float("-inf"), tl.float32)
+    for n in tl.range(first, end, BN, num_stages=2):
+        b_score = _scores(task, n, end, HOW, D, BD, PIECE, BN)
+        b_score = tl.where(o_n < end - n, b_score, float("nan"))
         numbers += _sum_in_lanes(b_score == b_score)
         largest = tl.maximum(largest, tl.max(tl.max(_lanes(b_score), axis=3), axis=1))
     numbers = tl.sum(numbers, axis=1)
 
-    # `found` or fewer, but at least K, reach `low`; `above`, fewer than K, reach what comes after `high`.
+    # K or more, but at most `found`, reach `low`; `above`, fewer than K, reach what comes after `high`.
     low = tl.where(numbers < K, KEY_LOWEST, key_of_score(b_bar))
     high = tl.maximum(key_of_score(tl.max(largest, axis=1)), low)
     found, above = numbers, tl.zeros([BT], tl.int32)
-    open_ = m_row & (found > CAPACITY) & (low < high)
-    while tl.max(open_.to(tl.int32), axis=0) > 0:
+    unsettled = task.m_row & (found > CAPACITY) & (low < high)
+    while tl.max(unsettled.to(tl.int32), axis=0) > 0:
         middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
         b_middle = score_of_key(middle)[:, None]
-        reach = tl.zeros([BT, LANES], tl.int32)
-        for n in tl.range(0, stored, BN, num_stages=2):
-            left = stored - n
-            b_score = _scores(b_query, _tail(p_split + n.to(tl.int64) * s_m, s_m, o_d, left, D, BN), HOW)
-            reach += _sum_in_lanes((b_score >= b_middle) & (o_n < left)[None, :])
+        reach = tl.zeros(shape, tl.int32)
+        for n in tl.range(first, end, BN, num_stages=2):
+            b_score = _scores(task, n, end, HOW, D, BD, PIECE, BN)
+            reach += _sum_in_lanes((b_score >= b_middle) & (o_n < end - n))
         reached = tl.sum(reach, axis=1)
-        enough = open_ & (reached >= K)
-        lacking = open_ & (reached < K)
+        enough, lacking = unsettled & (reached >= K), unsettled & (reached < K)
         low, found = tl.where(enough, middle, low), tl.where(enough, reached, found)
         high, above = tl.where(lacking, middle - 1, high), tl.where(lacking, reached, above)
-        open_ = m_row & (found > CAPACITY) & (low < high)
+        unsettled = task.m_row & (found > CAPACITY) & (low < high)
 
-    # All that is better than `low`; of its equals, and of NaN, the first ones that complete K.
-    b_low = tl.broadcast_to(score_of_key(low)[:, None], [BT, LANES])
-    ties_left = tl.where(m_row, tl.where(found > CAPACITY, K - above, CAPACITY), 0)
-    ties_left = tl.broadcast_to(ties_left[:, None], [BT, LANES])
-    nans_left = tl.broadcast_to(tl.where(m_row, tl.maximum(K - numbers, 0), 0)[:, None], [BT, LANES])
-    b_low = tl.where(m_row[:, None], b_low, float("inf"))
-    length = tl.zeros([BT, LANES], tl.int32)
-    o_lane = tl.broadcast_to(tl.arange(0, LANES)[None, :] * 2, [BT, LANES])
-    for n in tl.range(0, stored, BN, num_stages=2):
-        left = stored - n
-        b_score = _scores(b_query, _tail(p_split + n.to(tl.int64) * s_m, s_m, o_d, left, D, BN), HOW)
-        s = tl.reshape(_octets(b_score), [BT, LANES, 2, 2, 2])
-        s0, s1, s2, s3, s4, s5, s6, s7 = _octet(s)
-        slot, end = first_slot + n + o_lane, first_slot + stored
+    # All that is better than `low`; of its equals, and of NaN, the first in each lane that may be needed.
+    ties_left = tl.where(task.m_row, tl.where(found > CAPACITY, K - above, CAPACITY), 0)
+    ties_left = tl.broadcast_to(ties_left[:, None], shape)
+    nans_left = tl.broadcast_to(tl.where(task.m_row, tl.maximum(K - numbers, 0), 0)[:, None], shape)
+    b_low = tl.broadcast_to(tl.where(task.m_row, score_of_key(low), float("inf"))[:, None], shape)
+    o_lane = tl.broadcast_to(tl.arange(0, LANES)[None, :] * 2, shape)
+    length = tl.zeros(shape, tl.int32)
+    for n in tl.range(first, end, BN, num_stages=2):
+        b_score = _scores(task, n, end, HOW, D, BD, PIECE, BN)
+        s0, s1, s2, s3, s4, s5, s6, s7 = _octet(tl.reshape(_octets(b_score), [BT, LANES, 2, 2, 2]))
+        slot = n + o_lane
         length, ties_left, nans_left = _take(length, ties_left, nans_left, b_low, p_list, slot, end, s0)
         length, ties_left, nans_left = _take(length, ties_left, nans_left, b_low, p_list, slot + 1, end, s1)
         length, ties_left, nans_left = _take(length, ties_left, nans_left, b_low, p_list, slot + 8, end, s2)
@@ -348,7 +383,7 @@ def _exact(
 def chunk_topk_search_kernel(
     query, centroid, p_count, p_ring_index, p_norm, p_list, p_length,
     H, G, T, R, M, K, splits,
-    HOW: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, EN: tl.constexpr,
+    HOW: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PIECE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     NG: tl.constexpr, SAMPLE: tl.constexpr, CAPACITY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Lists of entries [B, G, blocks * BT, splits, LANES, CAPACITY] and their lengths [B, G, blocks * BT, splits, LANES].
@@ -359,6 +394,7 @@ def chunk_topk_search_kernel(
     Args:
         query, centroid: Rows [B, H, T] and [R, G, M].
         p_norm: [R, G, tiles of BN slots], the largest norm of a tile's centroids, for HOW = COARSE.
+        K: at most CAPACITY and NG; CAPACITY at least BN / LANES.
     """
     rows = H // G * T
     blocks = tl.cdiv(rows, BT)
@@ -370,39 +406,51 @@ def chunk_topk_search_kernel(
     i_r = ring_of_row(p_ring_index, i_b, R)
 
     o_row = i_block * BT + tl.arange(0, BT)
-    o_d = tl.arange(0, BD)
     m_row = o_row < rows
     p_rows = query.ptr + i_b * query.b + (i_g * (H // G) + o_row // T) * query.h + o_row % T * query.t
-    b_query = tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
-    if HOW != DIRECT:
-        b_query = b_query.to(tl.float32)
+    p_ring = centroid.ptr + i_r * centroid.b + i_g * centroid.h
+    b_query = _load_query(p_rows, m_row, 0, D, PIECE)
+    task = Task(b_query, p_rows, m_row, p_ring, tl.cast(centroid.t, tl.int64))
     if HOW == COARSE:
-        b_norm = tl.sqrt(tl.sum(b_query * b_query, axis=1)) * COARSE_ERROR
+        b_norm = tl.zeros([BT], tl.float32)
+        for d in tl.range(0, D, PIECE, num_stages=1):
+            b_wide = _load_query(p_rows, m_row, d, D, PIECE).to(tl.float32)
+            b_norm += tl.sum(b_wide * b_wide, axis=1)
+        b_norm = tl.sqrt(b_norm) * COARSE_ERROR
         p_norm += (i_r * G + i_g) * tl.cdiv(M, BN)
 
     count = tl.minimum(tl.maximum(tl.load(p_count + i_r), 0), M)
     tiles = count // BN + tl.minimum(count % BN, 1)  # not cdiv: count + BN may pass 2^31
     per_split = tl.cdiv(tiles, splits)
     first = tl.minimum(i_split * per_split, tiles)
-    end = tl.minimum(first + per_split, tiles)
-    s_tile = tl.cast(centroid.t, tl.int64) * BN
-    p_ring = centroid.ptr + i_r * centroid.b + i_g * centroid.h
-    o_n = tl.arange(0, BN)
-    p_tiles = p_ring + o_n.to(tl.int64)[None, :] * centroid.t + o_d[:, None]
-    m_d = (o_d < D)[:, None]
+    last = tl.minimum(first + per_split, tiles)
+    end = tl.where(last == tiles, count, last * BN)
 
-    # The bar, from whole tiles: what a tile holds beyond the last chunk must not count. A sample only where it leaves
-    # enough to look at.
-    full = tl.minimum(end, count // BN)
+    # The bar, from whole tiles, for what a tile holds beyond the last chunk must not count. A sample of them only where
+    # it leaves enough to look at.
+    full = tl.minimum(last, count // BN)
     step = tl.where(full - first >= 16 * SAMPLE, SAMPLE, 1)
-    b_best = tl.full([BT, NG // LANES, LANES], float("-inf"), tl.float32)
+    PART: tl.constexpr = NG if NG <= BN else BN
+    TURNS: tl.constexpr = NG // PART  # tiles in turn have groups of their own
+    b_best = tl.full([BT, PART // LANES, LANES], float("-inf"), tl.float32)
+    b_second, b_third, b_fourth = b_best, b_best, b_best
     for tile in tl.range(first, full, step, num_stages=STAGES):
-        b_score = _scores(b_query, tl.load(p_tiles + tile * s_tile, mask=m_d, other=0.0), HOW)
-        b_most = _group_maxima(b_score, NG)
+        b_most = _group_maxima(_scores(task, tile * BN, full * BN, HOW, D, BD, PIECE, BN), PART)
         if HOW == COARSE:
             b_most -= (b_norm * tl.load(p_norm + tile) + TINY)[:, None, None]
-        b_best = tl.maximum(b_best, b_most)
-    b_bar = _bar(b_best, K, NG)
+        b_most = tl.maximum(b_best, b_most)
+        if TURNS == 1:
+            b_best = b_most
+        elif TURNS == 2:
+            b_best, b_second = b_second, b_most
+        else:
+            tl.static_assert(TURNS == 4)
+            b_best, b_second, b_third, b_fourth = b_second, b_third, b_fourth, b_most
+    if TURNS == 4:
+        b_best, b_second = tl.join(b_best, b_third), tl.join(b_second, b_fourth)
+    if TURNS > 1:
+        b_best = tl.join(b_best, b_second)
+    b_bar = _bar(tl.reshape(b_best, [BT, NG]), K)
 
     # What reaches it.
     o_list = ((i_b * G + i_g) * blocks * BT + o_row) * splits + i_split
@@ -412,22 +460,21 @@ def chunk_topk_search_kernel(
     b_bars = tl.broadcast_to(tl.where(m_row, b_bar, float("inf"))[:, None], [BT, LANES])
     b_low = b_bars
     length = tl.zeros([BT, LANES], tl.int32)
-    for tile in tl.range(first, end, num_stages=STAGES):
-        m_n = (o_n < count - tile * BN)[None, :]
-        b_score = _scores(b_query, tl.load(p_tiles + tile * s_tile, mask=m_d & m_n, other=0.0), HOW)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        b_score = _scores(task, tile * BN, end, HOW, D, BD, PIECE, BN)
         if HOW == COARSE:
             b_low = _lowered(b_bars, b_norm, tl.load(p_norm + tile), m_row)
-        length = _append_tile(length, b_low, p_mine, tile * BN + o_lane, count, b_score, CAPACITY)
+        length = _append_tile(length, b_low, p_mine, tile * BN + o_lane, end, b_score, CAPACITY)
 
-    # A list that is full, or fewer than there are chunks to find: NaN is among the best.
-    stored = tl.minimum(end * BN, count) - first * BN
-    lacking = tl.sum(length, axis=1) < tl.minimum(stored, K)
+    SHORT: tl.constexpr = 16 if HOW == COARSE else PIECE  # FINE takes three times the registers
+    # A list that is full; or fewer found than there are, so that NaN is among the best.
+    lacking = tl.sum(length, axis=1) < tl.minimum(end - first * BN, K)
     undecided = m_row & ((tl.max(length, axis=1) > CAPACITY) | lacking)
     if tl.max(undecided.to(tl.int32), axis=0) > 0:
         tl.debug_barrier()  # what follows writes to the same lists, perhaps from other threads
         length = _exact(
-            b_query, p_ring + first * s_tile, centroid.t, o_d, stored, first * BN, b_bar, m_row, p_mine, K,
-            FINE if HOW == COARSE else HOW, D, EN, CAPACITY,
+            task, first * BN, end, b_bar, p_mine, K,
+            FINE if HOW == COARSE else HOW, D, BD, SHORT, 32, CAPACITY,
         )  # fmt: skip
     tl.store(p_length + o_list, length)
 

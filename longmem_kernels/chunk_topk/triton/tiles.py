@@ -16,7 +16,8 @@ class SearchTiles(NamedTuple):
         BT, BN: queries and slots of a tile.
         NG: groups of slots whose maxima make the bar, K or more: the more, the closer the bar comes to the K-th score.
         sample: the bar is made from every `sample`-th tile.
-        capacity: entries of a list, K or more; a query has four.
+        capacity: entries of a list, K or more and BN / 4 or more; a query has four.
+        piece: dimensions of a head that are multiplied at once.
     """
 
     BT: int
@@ -26,6 +27,7 @@ class SearchTiles(NamedTuple):
     capacity: int
     num_warps: int
     num_stages: int = 3
+    piece: int = 256
     maxnreg: int | None = None
 
 
@@ -39,19 +41,14 @@ def how_to_score(query: torch.dtype, centroid: torch.dtype, rows: int) -> int:
 
 def search_tiles(how: int, rows: int, head_dim: int, k: int, capability: tuple[int, int]) -> SearchTiles:
     """The row of the table for this call."""
-    if k <= 16:
-        groups, capacity = 64, 32
-    elif k <= 32:
-        groups, capacity = 64, 32
-    else:
-        groups, capacity = 128, 64
-    few = rows <= 16
-    wide = head_dim > 128 or (how != DIRECT.value and head_dim > 64)
-    if few:
-        return SearchTiles(16, 64 if groups == 64 else 128, groups, 1, 16 if k <= 16 else capacity, 1, 2 if wide else 3)
-    if capability < (9, 0):
-        # Warps side by side would share rows.
-        return SearchTiles(128, 32, 32, 1, capacity, 4)
-    if k <= 16:
-        return SearchTiles(128 if rows > 64 and not wide else 64, 64 if wide else 128, 64, 2, capacity, 8 if rows > 64 and not wide else 4)
-    return SearchTiles(64, 128, groups, 1, capacity, 4, 2 if wide else 3)
+    capacity = 32 if k <= 32 else 64
+    NG = 64 if k <= 32 else 128
+    sample = 2 if k <= 16 else 1
+    if rows <= 16:
+        BN = 64 if how == DIRECT.value and head_dim <= 128 else 32
+        return SearchTiles(16, BN, NG, 1, max(capacity // 2, k), 1, 2, piece=128 if how == DIRECT.value else 64)
+    if capability < (9, 0):  # in other shapes, warps side by side would share rows
+        return SearchTiles(128, 32, NG, sample, capacity, 4, 2 if head_dim > 64 else 3, piece=128 if how == DIRECT.value else 64)
+    if how == COARSE.value or head_dim > 128:
+        return SearchTiles(64, 64, NG, sample, capacity, 4, 2 if head_dim > 128 else 3)
+    return SearchTiles(128, 128 if k <= 32 else 64, NG, sample, capacity, 8, maxnreg=128)
