@@ -17,11 +17,14 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see conftest.py
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from longmem.bench import table
+from longmem.bench import Row, table
+from longmem.bench.kernels import kernel_times
+from longmem.bench.kernels import table as kernel_table
 from longmem.bench.official_step import measure_steps, published, small
 from longmem.bench.results import Result
 
@@ -34,11 +37,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed; even, so that half of them evict (default 4)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="write machine, date and rows to this file")
+    parser.add_argument("--kernels", action="store_true", help="the times of single kernels (on a CPU: ops) as well")
     options = parser.parse_args(arguments)
     shape = small(options.rows) if options.small else published(options.layers, options.rows)
-    rows = measure_steps(shape, options.steps, options.device)
+    found: list[str] = []
+
+    def look_into(row: Row, step: Callable[[], None]) -> None:
+        times = kernel_times(step, torch.device(options.device), calls=2)
+        found.append(kernel_table(f"{row.provider}, {row.dtype}: ms per step", times, most=20))
+
+    rows = measure_steps(shape, options.steps, options.device, look_into if options.kernels else None)
     result = Result.now(rows, options.device)
-    print(f"{result.headline()}\n\n{table(rows)}")
+    print("\n\n".join([result.headline(), table(rows), *found]))
     if options.json is not None:
         result.save(options.json)
 

@@ -15,7 +15,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 class Rows(NamedTuple):
-    """A tensor of four axes as a kernel sees it: a pointer and the strides of all but the last axis, which is contiguous.
+    """A tensor of four axes as a kernel sees it: a pointer and strides; the last axis is contiguous.
     The axes are named batch, head and token, whatever they are."""
 
     ptr: Any
@@ -26,11 +26,6 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Rows:
         return cls(tensor, *tensor.stride()[:3])
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; that of Hopper for the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @triton.jit

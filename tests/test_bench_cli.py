@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from typer.testing import CliRunner
 from longmem.bench import OPS, Row, measure, providers, suite
 from longmem.bench.cli import bench_app, profile_app
 from longmem.bench.compare import compare, comparison
+from longmem.bench.precompile import Variant, candidates_of, compile_variant, lookups_of
 from longmem.bench.results import Result, newest
 from longmem.bench.shapes import Shape, default_sweeps, shapes_for
+from longmem_kernels import _tiles
 
 CPU = torch.device("cpu")
 SMALL = ["--shape", "T=8,M=64,K=4", "--seconds", "0.01"]
@@ -60,6 +63,51 @@ def test_a_question_is_answered_kept_and_drawn(tmp_path: Path) -> None:
     assert kept.machine["torch"] == torch.__version__
     assert kept.rows[0].bytes and kept.rows[0].floor_ms
     assert (tmp_path / "plots" / "ring_write-bars.png").exists()
+
+
+def test_names_left_out_and_kernels_by_name() -> None:
+    output = run("write", *SMALL, "--providers", "cpp,copy", "--without", "index_copy", "--kernels")
+    assert "eager index_copy" not in output and "copy of the same bytes" in output
+    assert "longmem::ring_write_cpp" in output and output.count("ms per operation") == 4
+    assert "ring_write [B=2 T=8 G=8 D=64 M=64 C=4 float32] longmem cpp: 0." in output  # said before the table
+
+
+def test_an_interrupted_run_leaves_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = suite.run
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        yield next(measured(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "run", interrupted)
+    arguments = ["write", *SMALL, "--providers", "cpp", "--json", str(tmp_path / "a.json")]
+    done = CliRunner().invoke(bench_app, arguments)
+    assert done.exit_code == 130 and "interrupted after 1 of 2 rows" in done.output
+    assert len(Result.load(tmp_path / "a.json").rows) == 1
+
+
+def test_what_would_be_compiled_is_found_without_a_gpu() -> None:
+    shape = Shape(B=1, T=64, H=2, G=2, D=64, M=128, dtype=torch.bfloat16)
+    base = [Variant("memory_layer", shape), Variant("memory_attention_backward", shape)]
+    kernels = [lookup.kernel for variant in base for lookup in lookups_of(variant, 90)]
+    assert len(kernels) == 3 + 5 and set(kernels) == set(_tiles.table(90)) - {"memory_attention_decode_kernel"}
+    found = candidates_of(base, 90, ["memory_kernel"])
+    assert found[:2] == base and len(found) == 2 + 11  # one of 12 is what the table has
+    assert {"BJ": 16, "num_warps": 4} in [variant.uses.get("memory_attention_memory_kernel") for variant in found]
+
+
+@pytest.mark.slow
+def test_kernels_compile_beforehand_and_say_what_does_not_fit() -> None:
+    shape = Shape(B=1, T=64, H=2, G=2, D=64, M=128, dtype=torch.bfloat16)
+    fits = compile_variant(Variant("chunk_topk", shape), 80)
+    assert fits.reason is None and set(fits.shared_bytes) == {"chunk_topk_search_kernel", "chunk_topk_decide_kernel"}
+    large = {"BT": 128, "BS": 128, "num_warps": 8, "num_stages": 4}
+    refused = compile_variant(Variant("memory_attention", shape, {"memory_attention_local_kernel": large}), 80)
+    assert "memory_attention_local_kernel needs" in (refused.reason or "")
+    none = compile_variant(
+        Variant("chunk_topk", shape, {"chunk_topk_search_kernel": {"BT": 24, "BM": 1, "lanes": 1}}), 80
+    )
+    assert none.reason
 
 
 def test_a_sweep_of_ones_own(tmp_path: Path) -> None:
@@ -132,6 +180,16 @@ def test_changes_are_told_from_noise() -> None:
     assert "slower: 1 of 5" in text and "1.20x" in text and "more than 5%" in text and "gone chunk_topk" in text
     with pytest.raises(ValueError, match="no timed row in common"):
         compare(before, result(row(1.0, "other")))
+
+
+def test_graphs_are_compared_where_both_results_have_them() -> None:
+    old = replace(row(0.35, device="cuda"), graph_ms=0.05)  # of a time when graphs had no spread
+    new = replace(row(0.36, device="cuda"), graph_ms=0.02, graph_p20_ms=0.019, graph_p80_ms=0.021)
+    [change] = compare(result(old), result(new))
+    assert change.verdict == "faster" and change.factor == pytest.approx(0.4)
+    assert "0.40x  0.05 -> 0.02 ms" in comparison(result(old), result(new))
+    [change] = compare(result(replace(old, graph_ms=None)), result(new))
+    assert change.verdict == "same"
 
 
 def test_compare_exits_with_1_when_something_got_slower(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from longmem_kernels.chunk_topk.triton.search import _OFFSETS, APPEND, STORE
+from longmem_kernels.chunk_topk.triton.lists import _OFFSETS, APPEND, STORE
 
 ROOM = 12
 
@@ -32,7 +32,9 @@ def test_append(spread: float) -> None:
     draw = random.Random(spread)
     ways = set()
     for _ in range(2000):
-        scores = [draw.choice([draw.gauss(0, 1), draw.gauss(0, 1), math.nan, math.inf, -math.inf, 0.0]) for _ in range(8)]
+        scores = [
+            draw.choice([draw.gauss(0, 1), draw.gauss(0, 1), math.nan, math.inf, -math.inf, 0.0]) for _ in range(8)
+        ]
         bar = draw.choice([draw.gauss(spread, 0.5), -math.inf, math.inf, 0.0])
         length, slot = draw.choice([0, 3, ROOM - 8, ROOM - 7, ROOM - 1, ROOM, ROOM + 5]), draw.choice([0, 70, 2**30])
         end = slot + draw.choice([-40, 0, 1, 9, 25, 26, 1000])

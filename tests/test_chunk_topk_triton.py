@@ -27,7 +27,6 @@ if not CUDA:
     prepare_once_per_launch()
 # The package has a function of the same name as this module's parent.
 implementation = importlib.import_module("longmem_kernels.chunk_topk.triton")
-SearchTiles = importlib.import_module("longmem_kernels.chunk_topk.triton.tiles").SearchTiles
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
 DEVICE = "cuda" if CUDA else "cpu"
@@ -213,8 +212,8 @@ def test_empty() -> None:
 
 def test_a_sample_that_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bar is made from tiles that hold nothing good: lists overflow, and the block is decided otherwise."""
-    tiles = SearchTiles(BT=16, BN=32, NG=32, sample=2, capacity=16, num_warps=1)
-    monkeypatch.setattr(implementation, "search_tiles", lambda *_: tiles)
+    sizes = {"BT": 16, "BN": 32, "NG": 32, "SAMPLE": 2, "CAPACITY": 16, "PIECE": 32, "STAGES": 2, "num_warps": 1}
+    monkeypatch.setattr(implementation, "search_tiles", lambda *_: sizes)
     slot = torch.arange(1300, dtype=torch.float32, device=DEVICE)
     query, centroid = row_of_scores(torch.where(slot // 32 % 2 == 1, slot % 200, -slot % 50))
     for dtype in (torch.bfloat16, torch.float32):

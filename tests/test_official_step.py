@@ -7,6 +7,7 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,26 @@ def test_the_memory_is_as_full_as_it_gets_and_evicts_every_other_step() -> None:
         stored.append(case.model.memory.dstore_idx)
         step()
     assert stored == [18, 12, 18, 12, 18]
+
+
+def test_both_sides_keep_keys_and_values_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    compositions = []
+
+    class Noted(official_step.OfficialComposition):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            compositions.append(self)
+
+    monkeypatch.setattr(official_step, "OfficialComposition", Noted)
+    case = Steps(TINY)
+    for provider in step_providers(CPU):
+        step, _ = case.prepare(provider)
+        step()
+        step()
+        assert case.model.memory.dtype == torch.float16
+    assert {part.dtype for part in case.model.memory.keys + case.model.memory.vals} == {torch.float16}
+    stored = [part for composition in compositions for part in composition.memory.keys + composition.memory.values]
+    assert len(compositions) == 2 and {part.dtype for part in stored} == {torch.float16}
 
 
 def test_a_start_leaves_nothing_of_the_steps_before_it() -> None:

@@ -125,7 +125,7 @@ def _compiled(launch: Launch, capability: int) -> Any:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
     def described(value: Any, path: tuple[int, ...], is_constant: bool = False) -> Any:
-        """The type of an argument; as at a real launch, None and 1 are compiled in, and what 16 divides is known to be so."""
+        """Its type. As at a real launch, None and 1 are compiled in, and what 16 divides is known to be so."""
         if isinstance(value, tuple):
             parts = [described(part, (*path, i)) for i, part in enumerate(value)]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .measure import Row
+from .measure import Row, compared_ms
 from .results import Result
 
 FLOOR = 0.05
@@ -23,9 +23,23 @@ class Change:
     after: Row
 
     @property
+    def times(self) -> tuple[float, float]:
+        """Milliseconds before and after: of replayed graphs where both have one, see `compared_ms`."""
+        return compared_ms(self.before, self.after) or (1.0, 0.0)
+
+    @property
     def factor(self) -> float:
         """Time after over time before."""
-        return (self.after.median_ms or 0.0) / (self.before.median_ms or 1.0)
+        before, after = self.times
+        return after / (before or 1.0)
+
+    def _ranges(self) -> list[tuple[float, float]]:
+        """p20 and p80 before and after, of the times compared."""
+        rows = (self.before, self.after)
+        if all(row.graph_ms is not None for row in rows):
+            # An older result has no spread of its graphs.
+            return [(row.graph_p20_ms or row.graph_ms or 0.0, row.graph_p80_ms or row.graph_ms or 0.0) for row in rows]
+        return [(row.p20_ms or 0.0, row.p80_ms or 0.0) for row in rows]
 
     @property
     def verdict(self) -> str:
@@ -37,9 +51,10 @@ class Change:
                 return "not judged"
         if abs(self.factor - 1) <= FLOOR:
             return "same"
-        if (self.after.p80_ms or 0.0) < (self.before.p20_ms or 0.0):
+        (low, high), (new_low, new_high) = self._ranges()
+        if new_high < low:
             return "faster"
-        if (self.after.p20_ms or 0.0) > (self.before.p80_ms or 0.0):
+        if new_low > high:
             return "slower"
         return "same"
 
@@ -79,9 +94,9 @@ def _lines(before: Result, after: Result, changes: list[Change]) -> Iterator[str
         chosen.sort(key=lambda change: -abs(change.factor - 1))
         yield f"\n{verdict}: {len(chosen)} of {len(changes)}"
         for change in chosen:
-            old, new = change.before, change.after
+            (old, new_ms), new = change.times, change.after
             yield (
-                f"  {change.factor:5.2f}x  {old.median_ms:.4g} -> {new.median_ms:.4g} ms  {new.provider},"
+                f"  {change.factor:5.2f}x  {old:.4g} -> {new_ms:.4g} ms  {new.provider},"
                 f" {new.op} [{new.shape} {new.dtype}]"
             )
     yield f"\nsame within noise: {sum(change.verdict == 'same' for change in changes)} of {len(changes)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,30 +74,56 @@ def draw(op: str, shape: Shape, device: torch.device, seed: int = 0) -> OpInputs
     def normal(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
+    def fill(ring: Ring) -> None:
+        ring.store.normal_(generator=generator)
+        if op != "memory_attention":
+            _average(ring)
+
+    return _compose(op, shape, device, normal, fill, lambda: _distinct_ids(shape, generator, device))
+
+
+def blank(op: str, shape: Shape) -> OpInputs:
+    """Inputs of the same sizes and dtypes on the CPU, to ask what would be launched: memory that is not written to is
+    not taken from the system."""
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype)
+
+    def ids() -> Tensor:
+        return torch.zeros(shape.B, shape.H, shape.T, shape.K, dtype=torch.int32)
+
+    return _compose(op, shape, torch.device("cpu"), empty, lambda ring: None, ids)
+
+
+def _compose(
+    op: str,
+    shape: Shape,
+    device: torch.device,
+    tensor: Callable[..., Tensor],
+    fill: Callable[[Ring], None],
+    ids: Callable[[], Tensor],
+) -> OpInputs:
     B, T, S, H, G, D, M, R = shape.B, shape.T, shape.keys, shape.H, shape.G, shape.D, shape.M, shape.rings
     if op == "chunk_topk":
         count = torch.full((R,), M, dtype=torch.int32, device=device)
-        return RetrievalInputs(shape, normal(B, H, T, D), normal(R, G, M, D), count)
+        return RetrievalInputs(shape, tensor(B, H, T, D), tensor(R, G, M, D), count)
     ring = Ring.new(rings=R, kv_heads=G, chunks=M, chunk_size=shape.C, head_dim=D, dtype=shape.dtype, device=device)
-    ring.store.normal_(generator=generator)
+    fill(ring)
     if op == "ring_write":
         # Three chunks before the end of a full ring, so that the write of a segment wraps.
         ring.cursor.fill_((2 * M - min(3, M)) * shape.C)
-        _average(ring)
-        return WriteInputs(shape, normal(B, G, T, D), normal(B, G, T, D), ring)
+        return WriteInputs(shape, tensor(B, G, T, D), tensor(B, G, T, D), ring)
     ring.cursor.fill_(M * shape.C)
-    if op == "memory_layer":
-        _average(ring)
     fusion = FusionInputs(
         shape,
-        normal(B, H, T, D),
-        normal(B, G, S, D),
-        normal(B, G, S, D),
+        tensor(B, H, T, D),
+        tensor(B, G, S, D),
+        tensor(B, G, S, D),
         ring,
-        _distinct_ids(shape, generator, device),
-        normal(H, dtype=torch.float32),
+        ids(),
+        tensor(H, dtype=torch.float32),
         torch.tensor([2 ** (-8 * (head + 1) / H) for head in range(H)], device=device),
-        normal(B, H, T, D),
+        tensor(B, H, T, D),
     )
     return LayerInputs(fusion) if op == "memory_layer" else fusion
 

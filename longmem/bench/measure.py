@@ -26,6 +26,7 @@ from .timing import (
     cuda_times,
     median_ms,
     rounds_within,
+    spread_ms,
     summarise,
     synchronised,
     wall_times,
@@ -47,6 +48,9 @@ Clock = Callable[[Call, int], list[float]]
 """From a call and a number of rounds to the seconds that each round took."""
 
 
+Watch = Callable[["Row", Prepared], None]
+
+
 class Unavailable(RuntimeError):
     """A provider cannot run this case; the message says why."""
 
@@ -59,8 +63,11 @@ class Row:
         bound: computes less than the operation, or something near it.
         wrong: refused by the gate, or failed where it should run; `reason` says how.
         median_ms, p20_ms, p80_ms, p95_ms, p99_ms: time per operation; on CUDA with a cold L2 cache.
-        warm_ms, graph_ms, host_ms: CUDA only: median with a warm L2 cache; replayed as a CUDA graph (cold); by the
-            host's clock from the call to the end of the device's work (warm).
+        warm_ms: CUDA only: median with a warm L2 cache.
+        graph_ms, graph_p20_ms, graph_p80_ms: CUDA only: replayed as a CUDA graph (cold): the device's own time, where
+            `median_ms` holds the pauses that the host leaves between launches.
+        host_ms: CUDA only: by the host's clock from the call to the end of the device's work (warm).
+        launch_ms: CUDA only: by the host's clock until the call returns, its launches made.
         cores: processor time over wall time while the rounds ran: rows of one table that got different shares of a busy
             machine do not compare.
         peak_bytes: extra memory at the peak of one run; None where it could not be measured.
@@ -89,7 +96,10 @@ class Row:
     p99_ms: float | None = None
     warm_ms: float | None = None
     graph_ms: float | None = None
+    graph_p20_ms: float | None = None
+    graph_p80_ms: float | None = None
     host_ms: float | None = None
+    launch_ms: float | None = None
     rounds: int = 0
     cores: float | None = None
     peak_bytes: int | None = None
@@ -105,15 +115,47 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def device_ms(self) -> float | None:
+        """The device's time: of a replayed graph where there is one."""
+        return self.median_ms if self.graph_ms is None else self.graph_ms
+
+    @property
+    def held_up(self) -> bool:
+        """The host takes longer to launch the work than the device to do it."""
+        host = self.host_ms if self.launch_ms is None else self.launch_ms
+        return host is not None and self.device_ms is not None and host > self.device_ms
+
+
+def compared_ms(one: Row, other: Row) -> tuple[float, float] | None:
+    """The times by which two rows are compared: as replayed graphs where both have one, else as called; None where one
+    has no time."""
+    if one.graph_ms is not None and other.graph_ms is not None:
+        return one.graph_ms, other.graph_ms
+    if one.median_ms is None or other.median_ms is None:
+        return None
+    return one.median_ms, other.median_ms
+
 
 class Case:
-    """One operation on one shape and device: the same inputs, drawn when needed, and the same gate for all."""
+    """One operation on one shape and device: the same inputs, drawn when needed, and the same gate for all.
+
+    Args:
+        watch: called with every row that has a time and with what was timed.
+    """
 
     def __init__(
-        self, op: str, shape: Shape, device: torch.device | str = "cpu", *, sweep: str | None = None, seed: int = 0
+        self,
+        op: str,
+        shape: Shape,
+        device: torch.device | str = "cpu",
+        *,
+        sweep: str | None = None,
+        seed: int = 0,
+        watch: Watch | None = None,
     ) -> None:
         self.op, self.shape, self.device, self.sweep = op, shape, torch.device(device), sweep
-        self.seed = seed
+        self.seed, self.watch = seed, watch
 
     @cached_property
     def inputs(self) -> Any:
@@ -173,7 +215,13 @@ class Case:
         return timing.row()
 
     def side_by_side(
-        self, providers: Sequence[Provider], *, rounds: int | None = None, seconds: float = 1.0, strict: bool = False
+        self,
+        providers: Sequence[Provider],
+        *,
+        rounds: int | None = None,
+        seconds: float = 1.0,
+        strict: bool = False,
+        clock: Clock = wall_times,
     ) -> Iterator[Row]:
         """`measure` all `providers`; one row each, in order.
 
@@ -198,14 +246,14 @@ class Case:
 
         if self.device.type == "cuda":
             for provider in providers:
-                yield attempt(provider, partial(self.measure, provider, rounds=rounds, seconds=seconds))
+                yield attempt(provider, partial(self.measure, provider, rounds=rounds, seconds=seconds, clock=clock))
             return
         found = [attempt(provider, partial(Timing, self, provider, rounds, seconds)) for provider in providers]
         for turn in range(_TURNS):
             for place, timing in enumerate(found):
                 if isinstance(timing, Timing):
                     share = timing.rounds * (turn + 1) // _TURNS - timing.rounds * turn // _TURNS
-                    found[place] = attempt(timing.provider, partial(timing.take, share))
+                    found[place] = attempt(timing.provider, partial(timing.take, share, clock))
         for timing in found:
             yield timing.row() if isinstance(timing, Timing) else timing
 
@@ -283,21 +331,29 @@ class Timing:
 
     def row(self) -> Row:
         each = self.prepared.repeat
-        taken, numbers = self.by_host, dict[str, Any]()
+        taken, numbers, note = self.by_host, dict[str, Any](), self.prepared.note
         if self.by_events is not None:
             taken = self.by_events.cold
             numbers["host_ms"] = median_ms(self.by_host, each)
             numbers["warm_ms"] = median_ms(self.by_events.warm, each)
+            numbers["launch_ms"] = self.by_events.launch * 1e3 / each
             numbers["graph_ms"] = median_ms(self.by_events.graph, each)
-        return self.case.row(
+            if self.by_events.graph is not None:
+                numbers["graph_p20_ms"], numbers["graph_p80_ms"] = spread_ms(self.by_events.graph, each)
+            if self.by_events.no_graph is not None:
+                note = "; ".join(filter(None, [note, f"could not be captured as a graph: {self.by_events.no_graph}"]))
+        row = self.case.row(
             self.provider,
             **summarise([one / each for one in taken]),
             **numbers,
             **self.case.least(),
             cores=None if self.by_events is not None else self.clock.cores,
             peak_bytes=self.peak,
-            note=self.prepared.note,
+            note=note,
         )
+        if self.case.watch is not None:
+            self.case.watch(row, self.prepared)
+        return row
 
 
 def measure(

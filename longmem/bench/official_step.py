@@ -1,4 +1,7 @@
-"""A whole training step of the published model: our kernels against the published composition, on the same weights."""
+"""A whole training step of the published model: our kernels against the published composition, on the same weights.
+
+Both keep what the published code keeps: keys and values of memory in float16, search vectors in float32.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from .memory import peak_extra_bytes
 from .official_composition import FaissIndex, Index, OfficialComposition, TorchIndex
 
 PUBLISHED = OfficialConfig()
+STORAGE = torch.float16  # of the memory's keys and values, on both sides
 # Of a loss, in nats, from our loss in float32, at any step. Products in bfloat16 round a random model's loss by 1e-4.
 LARGEST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 1e-3}
 
@@ -85,7 +89,7 @@ class Steps:
     def __init__(self, shape: StepShape, device: torch.device | str = "cpu", *, seed: int = 0) -> None:
         self.shape, self.device = shape, torch.device(device)
         torch.manual_seed(seed)
-        self.model = OfficialLongMem(shape.config, storage=torch.float16)
+        self.model = OfficialLongMem(shape.config, storage=STORAGE)
         self.model.initialise_from_backbone()
         self.model.to(self.device)
         self.start = {name: p.detach().cpu().clone() for name, p in self._trained().items()}
@@ -101,7 +105,7 @@ class Steps:
             write = lambda key, value: self.model.memory.add_index({"k": key, "v": value})  # noqa: E731
         else:
             composition = OfficialComposition(
-                official_parameters(self.model), self.shape.config, storage=torch.float16, index=provider.index
+                official_parameters(self.model), self.shape.config, storage=STORAGE, index=provider.index
             )
             loss_of, write = composition.loss, composition.memory.write
         for key, value in self._past():
@@ -123,8 +127,11 @@ class Steps:
 
         return step, losses
 
-    def measure(self, provider: StepProvider, steps: int) -> tuple[Row, list[float]]:
-        """Time `steps` steps, after one that warms up and one that shows the memory they take; and all losses."""
+    def measure(
+        self, provider: StepProvider, steps: int, watch: Callable[[Row, Callable[[], None]], None] | None = None
+    ) -> tuple[Row, list[float]]:
+        """Time `steps` steps, after one that warms up and one that shows the memory they take; and all losses. `watch`
+        gets the row and the step, to take more of them."""
         step, losses = self.prepare(provider)
         step()
         peak = peak_extra_bytes(step, self.device)
@@ -134,7 +141,10 @@ class Steps:
                 begin = time.perf_counter()
                 step()
                 seconds.append(time.perf_counter() - begin)
-        return self.row(provider, peak_bytes=peak, cores=clock.cores, **summarise(seconds)), losses
+        row, taken = self.row(provider, peak_bytes=peak, cores=clock.cores, **summarise(seconds)), list(losses)
+        if watch is not None:
+            watch(row, step)
+        return row, taken
 
     def row(self, provider: StepProvider, **numbers: Any) -> Row:
         """A row with everything but the numbers filled in."""
@@ -170,8 +180,13 @@ class Steps:
                 parameter.grad = None
 
 
-def measure_steps(shape: StepShape, steps: int = 4, device: torch.device | str = "cpu") -> list[Row]:
-    """Rows of all providers, which have all had the same losses at every step.
+def measure_steps(
+    shape: StepShape,
+    steps: int = 4,
+    device: torch.device | str = "cpu",
+    watch: Callable[[Row, Callable[[], None]], None] | None = None,
+) -> list[Row]:
+    """Rows of all providers, which have all had the same losses at every step. `watch`: see `Steps.measure`.
 
     Raises:
         GateError: a provider's losses are others.
@@ -180,7 +195,7 @@ def measure_steps(shape: StepShape, steps: int = 4, device: torch.device | str =
     rows: list[Row] = []
     wanted: list[float] = []
     for provider in step_providers(case.device):
-        row, losses = case.measure(provider, steps)
+        row, losses = case.measure(provider, steps, watch)
         wanted = wanted or losses
         check_losses(provider, losses, wanted)
         rows.append(row)

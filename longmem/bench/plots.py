@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from .measure import Row
-from .report import best_baseline, common_shape, grouped, name_of, significant, size_of, sweeps, title
+from .report import (
+    best_baseline,
+    common_shape,
+    grouped,
+    name_of,
+    significant,
+    size_of,
+    sweeps,
+    times_faster,
+    title,
+    yardstick,
+)
 
 _OURS, _BASELINE, _BOUND = "#0b6e4f", "#5b7db1", "#c9ced6"
 _LINES = ("#5b7db1", "#c0713c", "#8c5aa8", "#3c9aa8", "#a83c5a", "#7a7a2e", "#555555")
@@ -89,15 +100,19 @@ def _bars(panel: Any, group: list[Row]) -> None:
     rows = [row for row in group if row.median_ms is not None]
     slowest = _scale(rows)
     limit = slowest * 1.28
-    best = best_baseline(rows)
+    others, against = yardstick(rows)
     for position, row in enumerate(rows):
         median, low, high = row.median_ms or 0.0, row.p20_ms or 0.0, row.p80_ms or 0.0
         color = _OURS if row.ours else _BOUND if row.bound else _BASELINE
         spread = [[median - low], [high - median]]
         panel.barh(position, median, color=color, xerr=spread, error_kw={"lw": 1, "capsize": 2}, height=0.7)
         label = f" {significant(median)} ms"
-        if row.ours and best is not None:
-            label += f" ({significant(best / median, 2)}x)"
+        times = times_faster(row, others) if row.ours and against == "x best" else None
+        if row.graph_ms is not None:
+            label += f", {significant(row.graph_ms)} in a graph"
+            panel.plot(row.graph_ms, position, marker="D", ms=4, color="white", mec="black", mew=0.7)
+        if times is not None:
+            label += f" ({significant(times, 2)}x)"
         if high > slowest:
             at = {"va": "center", "ha": "right", "fontsize": 8, "color": "white", "weight": "bold"}
             panel.text(limit, position, f"{label}, cut off ", **at)
@@ -107,6 +122,8 @@ def _bars(panel: Any, group: list[Row]) -> None:
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.set_xlim(0, limit)
     legend = "ms, median; whiskers p20 - p80;  x: the fastest baseline's time over ours;  * a bound: less, or near"
+    if any(row.graph_ms is not None for row in rows):
+        legend += ";  diamond: the device's own time, in a graph"
     panel.set_xlabel("\n".join([legend, *_not_timed(group)]), fontsize=7, loc="left")
     panel.tick_params(axis="x", labelsize=7)
     heading = textwrap.wrap(f"{group[0].op} [{group[0].shape} {group[0].dtype}]", 88)

@@ -75,7 +75,7 @@ class Provider:
 
 
 def providers(op: str) -> list[Provider]:
-    """All providers of `op`, ours first, those that cannot run here included.
+    """All providers of `op`, those that cannot run here included; of a kernel's ours first.
 
     Raises:
         ValueError: there is no such op.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from .measure import Row
+from .measure import Row, compared_ms
 
 _LEGEND = (
     "x best: time of the fastest baseline over this one, above 1 is faster than it (x bound: of the fastest bound);\n"
+    "graph: the device's own time, replayed as a CUDA graph; host: until the device is done; launch: until the call\n"
+    "returns (longer than the graph, it holds the device up: rows that both have a graph are compared by it);\n"
     "*: a bound, it computes less or something near;\n"
     "ceiling: the time that the work takes at the machine's own copy bandwidth or matrix rate, over the time taken\n"
     "(copies are of main memory: data in a cache can exceed 100 %);\n"
@@ -52,21 +54,37 @@ def best_baseline(rows: Sequence[Row]) -> float | None:
     return min(times, default=None)
 
 
-def yardstick(rows: Sequence[Row]) -> tuple[float | None, str]:
-    """The time that ratios refer to, and the column's name: the best baseline's or, without one, the best bound's."""
-    best = best_baseline(rows)
-    if best is not None:
-        return best, "x best"
-    bounds = [row.median_ms for row in rows if row.bound and not row.ours and row.median_ms is not None]
-    return min(bounds, default=None), "x bound"
+def yardstick(rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """The rows that ratios refer to, and the column's name: the baselines or, without one, the bounds."""
+    baselines = [row for row in rows if not row.ours and not row.bound and row.median_ms is not None]
+    if baselines:
+        return baselines, "x best"
+    return [row for row in rows if row.bound and not row.ours and row.median_ms is not None], "x bound"
 
 
-def best_of_ours(rows: Sequence[Row]) -> float | None:
-    return min((row.median_ms for row in rows if row.ours and row.median_ms is not None), default=None)
+def times_faster(row: Row, others: Sequence[Row]) -> float | None:
+    """The time of the fastest of `others` over that of `row`; pairs are compared as `compared_ms` says."""
+    pairs = [pair for other in others if (pair := compared_ms(row, other)) is not None]
+    return min((theirs / own for own, theirs in pairs if own), default=None)
+
+
+def best_of_ours(rows: Sequence[Row]) -> Row | None:
+    """The fastest row of ours that does the whole operation."""
+    ours = [row for row in rows if row.ours and not row.bound and row.median_ms is not None]
+    return min(ours, key=lambda row: row.device_ms or 0.0, default=None)
 
 
 def name_of(row: Row) -> str:
     return row.provider + (" *" if row.bound else "")
+
+
+def brief(row: Row) -> str:
+    """The time of a row in a few words; beside each other the device's and the host's where the host holds it up."""
+    if row.median_ms is None:
+        return _why(row)
+    if row.graph_ms is not None:
+        return f"{milliseconds(row.graph_ms)} ms in a graph, {milliseconds(row.host_ms)} by the host's clock"
+    return f"{milliseconds(row.median_ms)} ms" + (", held up by the host" if row.held_up else "")
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -86,15 +104,15 @@ def quantity(amount: float, unit: str) -> str:
     return f"{amount:.3g} T{unit}"
 
 
-def _milliseconds(value: float | None) -> str:
+def milliseconds(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def _columns(best: float | None, ratio_name: str) -> dict[str, Callable[[Row], str]]:
+def _columns(others: Sequence[Row], ratio_name: str) -> dict[str, Callable[[Row], str]]:
     def spread(row: Row) -> str:
-        return f"{_milliseconds(row.p20_ms)} - {_milliseconds(row.p80_ms)}"
+        return f"{milliseconds(row.p20_ms)} - {milliseconds(row.p80_ms)}"
 
     def peak(row: Row) -> str:
         return "not measured" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
@@ -110,19 +128,21 @@ def _columns(best: float | None, ratio_name: str) -> dict[str, Callable[[Row], s
         # A bound does other work than the operation's.
         if row.floor_ms is None or row.bound or not row.median_ms:
             return ""
-        return f"{row.floor_ms / row.median_ms:.0%}"
+        return f"{row.floor_ms / (row.device_ms or row.median_ms):.0%}"
 
     def ratio(row: Row) -> str:
-        return "" if best is None or not row.median_ms else f"{best / row.median_ms:.2f}"
+        times = times_faster(row, others)
+        return "" if times is None else f"{times:.2f}"
 
     return {
-        "median ms": lambda row: _milliseconds(row.median_ms),
+        "median ms": lambda row: milliseconds(row.median_ms),
         "p20 - p80": spread,
-        "p95": lambda row: _milliseconds(row.p95_ms),
-        "p99": lambda row: _milliseconds(row.p99_ms),
-        "warm L2": lambda row: _milliseconds(row.warm_ms),
-        "graph": lambda row: _milliseconds(row.graph_ms),
-        "host": lambda row: _milliseconds(row.host_ms),
+        "p95": lambda row: milliseconds(row.p95_ms),
+        "p99": lambda row: milliseconds(row.p99_ms),
+        "warm L2": lambda row: milliseconds(row.warm_ms),
+        "graph": lambda row: milliseconds(row.graph_ms),
+        "host": lambda row: milliseconds(row.host_ms),
+        "launch": lambda row: milliseconds(row.launch_ms),
         "tokens/s": rate,
         "peak MB": peak,
         "cores": lambda row: "" if row.cores is None else f"{row.cores:.1f}",
@@ -158,7 +178,7 @@ def _least(timed: list[Row]) -> list[str]:
     if row is None or row.bytes is None or row.flops is None:
         return []
     amounts = f"{quantity(row.bytes, 'B')}, {quantity(row.flops, 'FLOP')}"
-    return [f"at least {amounts}: {_milliseconds(row.floor_ms)} ms at the machine's {row.floor} ceiling"]
+    return [f"at least {amounts}: {milliseconds(row.floor_ms)} ms at the machine's {row.floor} ceiling"]
 
 
 def aligned(lines: list[list[str]]) -> list[str]:
@@ -200,13 +220,14 @@ def _sweep_table(points: list[list[Row]]) -> str:
     lines = [["ms", *(f"{symbol}={size_of(point[0], sweep):,}" for point in points)]]
     for name in dict.fromkeys(name_of(row) for point in points for row in point):
         rows = [next((row for row in point if name_of(row) == name), None) for point in points]
-        cells = ["-" if row is None else _milliseconds(row.median_ms) or "-" for row in rows]
+        cells = ["-" if row is None else milliseconds(row.device_ms) or "-" for row in rows]
         if any(cell != "-" for cell in cells):
             lines.append([name, *cells])
     ratios = []
     for point in points:
-        ours, best = best_of_ours(point), best_baseline(point)
-        ratios.append("-" if ours is None or best is None else f"{best / ours:.2f}")
+        ours, (others, against) = best_of_ours(point), yardstick(point)
+        times = times_faster(ours, others) if ours is not None and against == "x best" else None
+        ratios.append("-" if times is None else f"{times:.2f}")
     lines.append(["ours x best", *ratios])
     heading = f"{first.op}, {sweep} [{common_shape(points, sweep)} {first.dtype}] on {processor}"
     return "\n".join([heading, *aligned(lines)])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .measure import Case, Row, Unavailable
+from .measure import Case, Row, Unavailable, Watch
 from .providers import Provider, matches, providers
 from .shapes import Shape, change, default_sweeps, shapes_for, vary
 
@@ -69,11 +69,21 @@ def points(question: str, sweep: str | None, *, paper: bool, adjust: Callable[[S
     return found
 
 
-def everything(*, paper: bool, adjust: Callable[[Shape], Shape]) -> list[Point]:
-    """Every question's base shapes first, then every sweep: a time limit cuts the latter."""
-    base = [point for name in QUESTIONS for point in points(name, None, paper=paper, adjust=adjust)]
-    swept = [point for name in QUESTIONS for point in points(name, "all", paper=paper, adjust=adjust)]
-    return base + swept
+def everything(*, paper: bool, adjust: Callable[[Shape], Shape], base: bool = True, sweeps: bool = True) -> list[Point]:
+    """Every question's base shapes first, then every sweep: a time limit cuts the latter.
+
+    Raises:
+        ValueError: neither is wanted.
+    """
+    if not (base or sweeps):
+        raise ValueError("wanted base shapes, sweeps, or neither named for both")
+    wanted = [*([None] if base else []), *(["all"] if sweeps else [])]
+    return [point for kind in wanted for name in QUESTIONS for point in points(name, kind, paper=paper, adjust=adjust)]
+
+
+def kernel_points(ops: Sequence[str], *, paper: bool, adjust: Callable[[Shape], Shape]) -> list[Point]:
+    """The base shapes of single operations."""
+    return [Point(op, adjust(shape)) for op in ops for shape in shapes_for(op, paper=paper)]
 
 
 def parse_sizes(text: str) -> dict[str, int]:
@@ -109,8 +119,8 @@ class Task:
     named: bool  # asked for by name
 
 
-def tasks(todo: Sequence[Point], wanted: Sequence[str]) -> list[Task]:
-    """Every provider of every point, or those that `matches` one of `wanted`.
+def tasks(todo: Sequence[Point], wanted: Sequence[str], unwanted: Sequence[str] = ()) -> list[Task]:
+    """Every provider of every point, or those that `matches` one of `wanted`; none that matches one of `unwanted`.
 
     Raises:
         ValueError: one of `wanted` fits no provider.
@@ -120,13 +130,20 @@ def tasks(todo: Sequence[Point], wanted: Sequence[str]) -> list[Task]:
         if not any(matches(task.provider, word) for task in found):
             names = "; ".join(dict.fromkeys(task.provider.name for task in found))
             raise ValueError(f"providers: wanted some of: {names}; got {word!r}")
+    found = [task for task in found if not any(matches(task.provider, word) for word in unwanted)]
     return [task for task in found if not wanted or any(matches(task.provider, word) for word in wanted)]
 
 
 def run(
-    work: Sequence[Task], device: torch.device, *, seconds: float, minutes: float | None = None
+    work: Sequence[Task],
+    device: torch.device,
+    *,
+    seconds: float,
+    minutes: float | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Task, Row]]:
-    """Measure every task, yielding its row as soon as it is there; a wrong result is a row that says so.
+    """Measure every task, yielding its row as soon as it is there; a wrong result is a row that says so. `watch`: see
+    `Case`.
 
     A shape that several sweeps share is measured once. A shape that has not begun after `minutes` is not begun.
     """
@@ -135,7 +152,7 @@ def run(
     for _, group in groupby(work, lambda task: task.point):
         late = minutes is not None and time.monotonic() - begin > 60 * minutes
         why = f"not begun: the time limit of {minutes:g} minutes was reached" if late else None
-        yield from _point(list(group), device, seconds, done, why)
+        yield from _point(list(group), device, seconds, done, why, watch)
         gc.collect()  # this shape's inputs, before the next are drawn
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -147,10 +164,11 @@ def _point(
     seconds: float,
     done: dict[tuple[str, Shape, str], Row],
     late: str | None,
+    watch: Watch | None,
 ) -> Iterator[tuple[Task, Row]]:
     """All tasks of one point."""
     point = group[0].point
-    case = Case(point.op, point.shape, device, sweep=point.sweep)
+    case = Case(point.op, point.shape, device, sweep=point.sweep, watch=watch)
     rows: dict[str, Row] = {}
     for task in group:
         provider, found = task.provider, done.get((point.op, point.shape, task.provider.name))

@@ -1,5 +1,5 @@
 """Timers. CPU: wall clock per call. CUDA: events around each call, the L2 cache flushed before it or left warm, and
-replays of a CUDA graph for launches so short that the host would be timed instead.
+replays of a CUDA graph for calls that the host may hold up: between the events lie its pauses as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 LATENCY_ROUNDS = 1000  # of single queries: enough for a 99th percentile
-SHORT_MS = 0.2  # below this the host's launch overhead shows, and a graph is timed as well
+SHORT_MS = 0.2  # below this a graph is timed as well, however quick the host is
+_LAUNCHES = 10  # calls by which the host's part is timed, at most
 _FLUSH_BYTES = 2**28  # several times any L2 cache so far
 
 Call = Callable[[], object]
@@ -21,11 +22,20 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per call on the device, with a cold and a warm L2 cache, and as a replayed graph where that was asked."""
+    """Seconds per call.
+
+    Attributes:
+        cold, warm: on the device between two events, pauses of the host included, with a cold and a warm L2 cache.
+        graph: cold, as a replayed graph; None where that was not asked, not worth it or not possible.
+        launch: of the host, until the call returns and the device has what to do.
+        no_graph: why the call could not be captured.
+    """
 
     cold: list[float]
     warm: list[float]
     graph: list[float] | None
+    launch: float
+    no_graph: str | None = None
 
 
 class CoreClock:
@@ -78,19 +88,33 @@ def synchronised(run: Call, device: torch.device) -> Call:
 
 
 def cuda_times(run: Call, device: torch.device, rounds: int, *, graphable: bool) -> Times:
-    """Cold and warm L2, and with `graphable` and a short `run`, a graph of it.
+    """Cold and warm L2, and of a `graphable` call that is short, or that the host takes half its time to launch, the
+    same as a graph.
 
-    The flush keeps the device busy while the host enqueues the call: what is timed is the device's work, and the gaps
-    that the host leaves between its launches.
+    The flush keeps the device busy while the host enqueues the call, for a quarter of a millisecond or less: what the
+    host takes beyond that is a pause of the device, and timed.
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     with torch.cuda.device(device):
         cold = _event_times(run, rounds, flush.zero_)
         warm = _event_times(run, rounds, None)
-        graph = None
-        if graphable and statistics.median(cold) * 1e3 < SHORT_MS:
-            graph = _event_times(_captured(run), rounds, flush.zero_)
-    return Times(cold, warm, graph)
+        launch = statistics.median(_launch_times(run, min(rounds, _LAUNCHES)))
+        middle, graph, why = statistics.median(cold), None, None
+        if graphable and (middle * 1e3 < SHORT_MS or launch > 0.5 * middle):
+            try:
+                graph = _event_times(_captured(run), rounds, flush.zero_)
+            except RuntimeError as error:
+                why = str(error).strip().splitlines()[0]
+    return Times(cold, warm, graph, launch, why)
+
+
+def _launch_times(run: Call, rounds: int) -> list[float]:
+    taken = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        taken += wall_times(run, 1)
+    torch.cuda.synchronize()
+    return taken
 
 
 def _event_times(run: Call, rounds: int, before: Call | None) -> list[float]:
@@ -123,6 +147,12 @@ def _captured(run: Call) -> Call:
 def median_ms(seconds: Sequence[float] | None, repeat: int = 1) -> float | None:
     """Of one operation, where a call does `repeat` of them."""
     return None if seconds is None else statistics.median(seconds) * 1e3 / repeat
+
+
+def spread_ms(seconds: Sequence[float], repeat: int = 1) -> tuple[float, float]:
+    """p20 and p80 of one operation, where a call does `repeat` of them."""
+    percent = statistics.quantiles(seconds, n=5, method="inclusive")
+    return percent[0] * 1e3 / repeat, percent[3] * 1e3 / repeat
 
 
 def summarise(seconds: Sequence[float]) -> dict[str, float | int | None]:

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longmem_kernels import _tiles
 from longmem_kernels._triton import dot, narrow
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -30,7 +31,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of the local kernels, T queries by S keys, and launch options: the best without spills in a loop.
+    """Tile sizes of the local kernels, T queries by S keys, and launch options, as the tables of `_tiles` say: the best
+    without spills in a loop.
 
     Two blocks for each multiprocessor, where they fit, are worth more than a larger tile: one computes exponentials
     while the other multiplies matrices.
@@ -45,56 +47,31 @@ class Tiles:
 
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; that of Hopper for the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return _tiles.capability(device)
 
 
-def _hopper(query: Tensor) -> bool:
-    """Matrix products read their operands from shared memory, which leaves more registers for the rest."""
-    return capability(query.device) >= (9, 0)
+def _local_tiles(kernel: str, query: Tensor, **facts: int | bool) -> Tiles:
+    dtype, D = _tiles.kind(query.dtype), query.shape[-1]
+    return Tiles(**_tiles.choose(kernel, capability(query.device), dtype=dtype, D=D, **facts))
 
 
 def local_tiles(query: Tensor, dropout: bool) -> Tiles:
     """Of the forward kernel."""
-    D = query.shape[-1]
-    if query.dtype == torch.float32:
-        return Tiles(32, 32) if D <= 64 else Tiles(16, 16)
-    if D <= 64:
-        return Tiles(128, 64, num_warps=8, maxnreg=128 if _hopper(query) and not dropout else None)
-    if D <= 128:
-        return Tiles(128, 64, num_warps=8) if _hopper(query) else Tiles(64, 64, num_stages=2)
-    return Tiles(64, 32, num_warps=8, num_stages=2)
+    return _local_tiles("memory_attention_local_kernel", query, dropout=dropout)
 
 
 def query_grad_tiles(query: Tensor) -> Tiles:
-    D = query.shape[-1]
-    if query.dtype == torch.float32:
-        return Tiles(32, 32, num_warps=8) if D <= 64 else Tiles(16, 16, num_warps=8, num_stages=1)
-    if D <= 64:
-        return Tiles(64, 64)
-    if D <= 128:
-        return Tiles(128 if _hopper(query) else 64, 64, num_warps=8, num_stages=2)
-    return Tiles(32, 32, num_warps=8, num_stages=2)
+    return _local_tiles("memory_attention_query_grad_kernel", query)
 
 
 def key_value_grad_tiles(query: Tensor, dropout: bool) -> Tiles:
     """`dropout` needs the weights twice, whole and thinned."""
-    D, roomy = query.shape[-1], _hopper(query) and not dropout
-    if query.dtype == torch.float32:
-        return Tiles(32, 32, num_warps=8, num_stages=1) if D <= 64 else Tiles(16, 16, num_warps=8, num_stages=2)
-    if D <= 64:
-        return Tiles(64, 128, num_warps=8) if roomy else Tiles(32, 128, num_warps=8, num_stages=2)
-    if D <= 128:
-        return Tiles(32, 128, num_warps=8, num_stages=2) if roomy else Tiles(32, 32, num_stages=2)
-    return Tiles(32, 32, num_warps=8, num_stages=2)
+    return _local_tiles("memory_attention_key_value_grad_kernel", query, dropout=dropout)
 
 
 def decode_tiles(query: Tensor, group: int) -> Tiles:
-    """Of the kernel for few queries: BT rows are queries of all `group` heads that share keys."""
-    T, D = query.shape[-2:]
-    if query.dtype == torch.float32:
-        return Tiles(16, 32) if D <= 64 else Tiles(16, 16, num_warps=4 if D <= 128 else 8)
-    BT = min(64 if D <= 64 else 32, max(16, triton.next_power_of_2(group * T)))  # tl.dot needs 16
-    return Tiles(BT, 64) if D <= 128 else Tiles(16, 32)
+    """Of the kernel for few queries: BT rows are queries of all `group` heads that share keys; tl.dot needs 16."""
+    return _local_tiles("memory_attention_decode_kernel", query, rows=group * query.shape[-2])
 
 
 @dataclass(frozen=True)
@@ -107,13 +84,8 @@ class Bank:
     options: dict[str, Any]
 
 
-def bank_of(memory_key: Tensor, memory_value: Tensor, tokens: int) -> Bank:
-    """`tokens`: how many a query has retrieved.
-
-    A warp reads BT queries' tokens, 16 bytes of a token per lane, BJ tokens one after another: the lanes of a query
-    hold all of its tokens, and its softmax needs no other warp. Float8 is read as bytes where no instruction converts
-    it, and in the interpreter, which converts it inexactly.
-    """
+def bank_of(memory_key: Tensor, memory_value: Tensor) -> Bank:
+    """Float8 is read as bytes where no instruction converts it, and in the interpreter, which converts it inexactly."""
     M, C, D = memory_key.shape[2:]
     interpreted = triton.knobs.runtime.interpret
     BD = triton.next_power_of_2(D)
@@ -124,12 +96,22 @@ def bank_of(memory_key: Tensor, memory_value: Tensor, tokens: int) -> Bank:
         "C": C,
         "D": D,
         "BD": BD,
-        "BT": max(1, 32 * 16 // memory_key.element_size() // BD),
-        "BJ": min(8 if memory_key.element_size() > 1 else 4, triton.next_power_of_2(tokens)),
     }
     if memory_key.dtype == torch.float8_e4m3fn and (interpreted or capability(memory_key.device) < (8, 9)):
         memory_key, memory_value = memory_key.view(torch.uint8), memory_value.view(torch.uint8)
     return Bank(memory_key, memory_value, strides, options)
+
+
+def gather_tiles(kernel: str, memory_key: Tensor, tokens: int) -> dict[str, int]:
+    """Of the kernels that gather `tokens` retrieved tokens for each query.
+
+    A warp reads its queries' tokens, 16 bytes of a token per lane, BJ tokens one after another: the lanes of a query
+    hold all of its tokens, and its softmax needs no other warp.
+    """
+    D, size = memory_key.shape[-1], memory_key.element_size()
+    tiles = _tiles.choose(kernel, capability(memory_key.device), bytes=size, D=D, tokens=tokens)
+    rows = max(1, 32 * 16 // size // triton.next_power_of_2(D))
+    return {**tiles, "BT": rows * tiles["num_warps"], "BJ": min(tiles["BJ"], triton.next_power_of_2(tokens))}
 
 
 def drop_threshold(dropout_p: float) -> int:

@@ -24,6 +24,7 @@ from longmem_kernels.memory_attention._triton_common import (
     dropout_rows,
     finish,
     fusion_share,
+    gather_tiles,
     load_rows,
     local_tiles,
     seen_keys,
@@ -189,7 +190,7 @@ def memory_attention_forward(
     if out.numel() == 0:
         return outputs
 
-    bank = bank_of(memory_key, memory_value, K * C)
+    bank = bank_of(memory_key, memory_value)
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
     local = {"CAUSAL": causal, "RISING": scale > 0, "D": D, "BD": bank.options["BD"]}
     dropout = (drop_threshold(dropout_p), 1 / (1 - dropout_p))
@@ -200,10 +201,11 @@ def memory_attention_forward(
                 key_mask, dropout_seed, scale, causal, window, dropout_p, outputs,
             )  # fmt: skip
             return outputs
-        memory_attention_memory_kernel[(triton.cdiv(T, bank.options["BT"]) * B * H,)](
+        gather = gather_tiles("memory_attention_memory_kernel", bank.key, K * C)
+        memory_attention_memory_kernel[(triton.cdiv(T, gather["BT"]) * B * H,)](
             memory_query, bank.key, bank.value, chunk_ids, memory_scale, ring_index, memory_out, memory_lse,
             *memory_query.stride()[:3], *bank.strides, *chunk_ids.stride(),
-            B, H, G, T, R, M, scale, K=K, **bank.options, num_warps=1,
+            B, H, G, T, R, M, scale, K=K, **bank.options, **gather,
         )  # fmt: skip
         tiles = local_tiles(query, dropout_seed is not None)
         memory_attention_local_kernel[(triton.cdiv(T, tiles.BT) * H * B,)](

@@ -24,6 +24,7 @@ from longmem_kernels.memory_attention._triton_common import (
     drop_threshold,
     dropout_rows,
     fusion_share,
+    gather_tiles,
     kept_by_dropout,
     key_value_grad_tiles,
     load_rows,
@@ -394,7 +395,7 @@ def memory_attention_backward(
     local_lse_grad = None if local_lse_grad is None else local_lse_grad.contiguous()
     memory_lse_grad = None if memory_lse_grad is None else memory_lse_grad.contiguous()
     local_rows, memory_rows = (tuple(torch.empty_like(gate_grad) for _ in range(2)) for _ in range(2))
-    bank = bank_of(memory_key, memory_value, K * C)
+    bank = bank_of(memory_key, memory_value)
     BD = bank.options["BD"]
     grad_strides = grad.stride()[:3]
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
@@ -408,10 +409,11 @@ def memory_attention_backward(
             grad, local_lse_grad, memory_lse_grad, local_out, local_lse, memory_out, memory_lse, gate,
             *local_rows, *memory_rows, gate_grad, *grad_strides, H, T, D=D, BT=BT, BD=BD, num_warps=4,
         )  # fmt: skip
-        memory_attention_memory_query_grad_kernel[(triton.cdiv(T, bank.options["BT"]) * B * H,)](
+        gather = gather_tiles("memory_attention_memory_query_grad_kernel", bank.key, K * C)
+        memory_attention_memory_query_grad_kernel[(triton.cdiv(T, gather["BT"]) * B * H,)](
             grad, memory_query, bank.key, bank.value, chunk_ids, memory_scale, ring_index, *memory_rows,
             memory_query_grad, *grad_strides, *memory_query.stride()[:3], *bank.strides,
-            *chunk_ids.stride(), B, H, G, T, R, M, scale, K=K, **bank.options, num_warps=1,
+            *chunk_ids.stride(), B, H, G, T, R, M, scale, K=K, **bank.options, **gather,
         )  # fmt: skip
         tiles = query_grad_tiles(query)
         memory_attention_query_grad_kernel[(triton.cdiv(T, tiles.BT) * H * B,)](

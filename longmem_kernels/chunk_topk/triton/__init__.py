@@ -6,13 +6,17 @@ import torch
 import triton
 from torch import Tensor
 
-from longmem_kernels._triton import Rows, capability
+from longmem_kernels import _tiles
+from longmem_kernels._triton import Rows
 
 from .decide import chunk_topk_decide_kernel
-from .search import COARSE, DIRECT, LANES, chunk_topk_norm_kernel, chunk_topk_search_kernel
-from .tiles import how_to_score, search_tiles
+from .lists import LANES
+from .scores import COARSE, DIRECT, FINE
+from .search import chunk_topk_norm_kernel, chunk_topk_search_kernel
 
 WARPS = 16 * 132  # what the SMs of the largest GPUs should hold; the slots are split when queries are few
+FEW = 16  # queries that one instruction of tensor cores multiplies
+HOW = {"direct": DIRECT.value, "coarse": COARSE.value, "fine": FINE.value}
 DECIDED = 512  # entries that a program of the decision looks at together
 
 
@@ -29,34 +33,47 @@ def chunk_topk_triton(
 
     rows = H // G * T
     how = how_to_score(query.dtype, centroid.dtype, rows)
-    tiles = search_tiles(how, rows, D, k, capability(query.device))
-    lanes = LANES.value
-    blocks = triton.cdiv(rows, tiles.BT)
-    splits = _splits(B * G * blocks * tiles.num_warps, triton.cdiv(M, tiles.BN))
-    lists = query.new_empty((B, G, blocks * tiles.BT, splits, lanes, tiles.capacity), dtype=torch.int64)
+    use = search_tiles(query.device, how, rows, D, k)
+    BT, BN, capacity, lanes = use["BT"], use["BN"], use["CAPACITY"], LANES.value
+    blocks = triton.cdiv(rows, BT)
+    splits = _splits(B * G * blocks * use["num_warps"], triton.cdiv(M, BN))
+    lists = query.new_empty((B, G, blocks * BT, splits, lanes, capacity), dtype=torch.int64)
     lengths = query.new_empty(lists.shape[:-1], dtype=torch.int32)
     norms = None
     q, c = Rows.of(query), Rows.of(centroid)
-    BD, BK = triton.next_power_of_2(D), max(2, triton.next_power_of_2(k))
-    BW = min(triton.next_power_of_2(splits * lanes * tiles.capacity), DECIDED)
+    BK = max(2, triton.next_power_of_2(k))
+    BW = min(triton.next_power_of_2(splits * lanes * capacity), DECIDED)
     BR = max(1, min(triton.next_power_of_2(rows), DECIDED // BW))
-    options = {} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}
     with torch.cuda.device_of(query):
-        if how == COARSE.value:
-            norms = query.new_empty((R, G, triton.cdiv(M, tiles.BN)), dtype=torch.float32)
-            chunk_topk_norm_kernel[(norms.numel(),)](c, count, norms, G, M, D=D, BD=BD, BN=tiles.BN, num_warps=4)
+        if how == "coarse":
+            norms = query.new_empty((R, G, triton.cdiv(M, BN)), dtype=torch.float32)
+            BD = triton.next_power_of_2(D)
+            chunk_topk_norm_kernel[(norms.numel(),)](c, count, norms, G, M, D=D, BD=BD, BN=BN, num_warps=4)
         chunk_topk_search_kernel[(B * G * blocks * splits,)](
-            q, c, count, ring_index, norms, lists, lengths,
-            H, G, T, R, M, k, splits,
-            HOW=how, D=D, BD=BD, PIECE=min(BD, tiles.piece), BT=tiles.BT, BN=tiles.BN, NG=tiles.NG, SAMPLE=tiles.sample,
-            CAPACITY=tiles.capacity, STAGES=tiles.num_stages, num_warps=tiles.num_warps, **options,
-        )  # fmt: skip
+            q, c, count, ring_index, norms, lists, lengths, H, G, T, R, M, k, splits, HOW=HOW[how], D=D, **use
+        )
         chunk_topk_decide_kernel[(B * G * triton.cdiv(rows, BR),)](
             q, c, ring_index, lists, lengths, ids, scores,
-            H, G, T, R, k, blocks * tiles.BT, splits * lanes,
-            RESCORE=how != DIRECT.value, D=D, BD=16, BR=BR, BW=BW, BK=BK, CAPACITY=tiles.capacity, num_warps=4,
+            H, G, T, R, k, blocks * BT, splits * lanes,
+            RESCORE=how != "direct", D=D, BD=16, BR=BR, BW=BW, BK=BK, CAPACITY=capacity, num_warps=4,
         )  # fmt: skip
     return ids, scores
+
+
+def how_to_score(query: torch.dtype, centroid: torch.dtype, rows: int) -> str:
+    """A name in `HOW`, for `rows` queries that search the same centroids."""
+    if query == centroid and query != torch.float32:
+        return "direct"
+    # A few queries wait for memory, not for products, and a band would read the centroids once more.
+    return "fine" if rows <= FEW else "coarse"
+
+
+def search_tiles(device: torch.device, how: str, rows: int, head_dim: int, k: int) -> _tiles.Use:
+    """The row of the table of `_tiles`: BT queries by BN slots, NG groups that make the bar from every SAMPLE-th tile,
+    lists of CAPACITY entries, head dims in pieces of PIECE, a pipeline of STAGES. `search.py` says what must hold."""
+    kernel, capability = "chunk_topk_search_kernel", _tiles.capability(device)
+    use = _tiles.choose(kernel, capability, how=how, rows=rows, D=head_dim, K=k)
+    return {**use, "PIECE": min(use["PIECE"], triton.next_power_of_2(head_dim))}
 
 
 def _splits(warps: int, tiles: int) -> int:
