@@ -220,33 +220,33 @@ def test_a_sample_that_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
         check(query.to(dtype), centroid.to(dtype), 16, counts(1290))
 
 
-# What float32 scores may cost is a band around scores of less precision. Each of these has many more chunks inside the
-# band than a list holds, or products at the ends of float32's range.
-ATTACKS = {
-    "cancellation": (1.0, 1.0, 2.0**-20),
-    "large norms": (2.0**60, 2.0**40, 1.0),
-    "small norms": (2.0**-60, 2.0**-40, 1.0),
-    "denormal queries": (2.0**-140, 1.0, 1.0),
-    "norms beyond float32": (2.0**66, 2.0**44, 1.0),
-}
+# Products whose first 11 bits put the wrong chunks first, at the ends of float32's range as well.
+UNITS = {"plain": (1.0, 1.0), "large": (2.0**60, 2.0**40), "norms beyond float32": (2.0**66, 2.0**44)}
+UNITS |= {"small": (2.0**-60, 2.0**-40), "denormal queries": (2.0**-140, 1.0)}
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_scores_of_less_precision_decide_nothing(attack: str) -> None:
-    """Whole numbers times powers of two, whose sums are exact in float32: all bits of the result are known. In tensor
-    cores' 11 bits of each factor many are not: the first product of `cancellation` hides the others."""
-    query_unit, centroid_unit, rest = ATTACKS[attack]
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("attack", ["rounding", "cancellation"])
+def test_scores_of_less_precision_decide_nothing(attack: str, units: str) -> None:
+    """Whole numbers times powers of two, whose sums are exact in float32: all bits of the result are known."""
     M = 5000 if CUDA else 400
-    # Odd numbers of up to 13 bits lose the last ones.
     generator = torch.Generator().manual_seed(0)
-    query = torch.randint(-5, 6, (1, 1, 20, 32), generator=generator).float()
-    centroid = torch.randint(-5, 6, (1, 1, M, 32), generator=generator).float()
-    centroid[..., 0] = torch.randint(-4095, 4096, (M,), generator=generator).float()
-    if rest != 1.0:  # +x and -x in two products: only the rest counts
-        query[..., :2], centroid[..., 1] = 1.0, -centroid[..., 0]
-        centroid[..., 2:] *= 2.0**-12
-    query, centroid = query.to(DEVICE) * query_unit, centroid.to(DEVICE) * centroid_unit
-    check(query, centroid, 16, counts(M))
+    query, centroid = torch.zeros(1, 1, 20, 32), torch.zeros(1, 1, M, 32)
+    if attack == "rounding":
+        # 4095 + 4095 is cut to 8188, and 8188 + 1 is not: twenty of the former belong before sixty of the latter.
+        query[..., :2] = 1.0
+        centroid[..., 0] = 8180.0
+        some = torch.randperm(M, generator=generator)[:80]
+        centroid[..., some[:20], :2] = 4095.0
+        centroid[..., some[20:], :2] = torch.tensor([8188.0, 1.0])
+    else:
+        # 1 * -3x + 3 * x is 0, but 3x and x are not cut alike; the rest decides.
+        x = torch.randint(-2047, 2048, (M,), generator=generator) * 2.0 + 1
+        query[..., 0], query[..., 1], query[..., 2:] = 1.0, 3.0, 2.0**-6
+        centroid[..., 0], centroid[..., 1] = -3 * x, x
+        centroid[..., 2:] = torch.randint(-5, 6, (M, 30), generator=generator).float()
+    query_unit, centroid_unit = UNITS[units]
+    check(query.to(DEVICE) * query_unit, centroid.to(DEVICE) * centroid_unit, 16, counts(M))
 
 
 def test_a_chunk_far_larger_than_all_others() -> None:

@@ -30,41 +30,68 @@ class Task(NamedTuple):
     Attributes:
         b_query: [BT, PIECE], the first piece of the head dim, zero where there is no query.
         p_rows, m_row: [BT], the queries in memory, and which there are.
+        b_unit: [BT], a power of two that queries are multiplied by: tensor cores read no float32 below 2^-136.
         p_ring, s_slot: the ring's centroids of one head.
     """
 
     b_query: Any
     p_rows: Any
     m_row: Any
+    b_unit: Any
     p_ring: Any
     s_slot: Any
 
 
 @triton.jit
-def load_query(p_rows, m_row, d, D: tl.constexpr, BD: tl.constexpr):
-    o_d = d + tl.arange(0, BD)
-    return tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+def load_query(p_rows, m_row, b_unit, d, HOW: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr):
+    """[BT, PIECE] of the queries from dimension `d` on; float32 unless HOW is DIRECT."""
+    o_d = d + tl.arange(0, PIECE)
+    b_query = tl.load(p_rows[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    if HOW == DIRECT:
+        return b_query
+    else:
+        return b_query.to(tl.float32) * b_unit[:, None]
+
+
+@triton.jit
+def units_of(p_rows, m_row, D: tl.constexpr, PIECE: tl.constexpr):
+    """`Task.b_unit` [BT]: 1, but for queries so small that 2^90 times as large they cannot overflow any score."""
+    largest = tl.zeros(p_rows.shape, tl.float32)
+    for d in tl.range(0, D, PIECE, num_stages=1):
+        largest = tl.maximum(largest, tl.max(tl.abs(load_query(p_rows, m_row, largest, d, DIRECT, D, PIECE)), axis=1))
+    return tl.where(largest < 2.0**-100, 2.0**90, 1.0)
 
 
 @triton.jit
 def _cut(x):
     """What tensor cores read of a float32: for the interpreter, which multiplies all of it."""
-    return (x.to(tl.float32).to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
+    return (x.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _products(b_query, b_centroid, HOW: tl.constexpr):
+def _plain(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _products(a, b, HOW: tl.constexpr):
     """[BT, BD] @ [BD, BN] -> [BT, BN] float32."""
     if HOW == DIRECT:
-        return dot(b_query, b_centroid)
+        return dot(a, b)
     elif INTERPRETED:
-        if HOW == COARSE:
-            b_query, b_centroid = _cut(b_query), _cut(b_centroid)
-        return tl.dot(b_query.to(tl.float32), b_centroid.to(tl.float32), input_precision="ieee")
+        b = b.to(tl.float32)
+        a_high, b_high = _cut(a), _cut(b)
+        product = _plain(a_high, b_high)
+        if HOW == FINE:
+            a_low = tl.where(tl.abs(a) < float("inf"), _cut(a - a_high), 0.0)
+            b_low = tl.where(tl.abs(b) < float("inf"), _cut(b - b_high), 0.0)
+            low = _plain(a_high, b_low) + _plain(a_low, b_high)
+            product += tl.where(low == low, low, 0.0)
+        return product
     elif HOW == COARSE:
-        return tl.dot(b_query.to(tl.float32), b_centroid.to(tl.float32), input_precision="tf32")
+        return tl.dot(a, b.to(tl.float32), input_precision="tf32")
     else:
-        return tl.dot(b_query.to(tl.float32), b_centroid.to(tl.float32), input_precision="tf32x3")
+        return tl.dot(a, b.to(tl.float32), input_precision="tf32x3")
 
 
 @triton.jit
@@ -80,7 +107,7 @@ def scores(task, first, end, HOW: tl.constexpr, D: tl.constexpr, PIECE: tl.const
     else:
         b_score = tl.zeros([task.p_rows.shape[0], BN], tl.float32)
         for d in tl.range(0, D, PIECE, num_stages=2):  # unrolled, it would hold all of the query in registers
-            b_query = load_query(task.p_rows, task.m_row, d, D, PIECE)
+            b_query = load_query(task.p_rows, task.m_row, task.b_unit, d, HOW, D, PIECE)
             b_centroid = tl.load(p_slots + d + o_d, mask=m_n & (d + o_d < D), other=0.0)
             b_score += _products(b_query, b_centroid, HOW)
         return b_score

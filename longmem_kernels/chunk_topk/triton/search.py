@@ -18,7 +18,7 @@ from longmem_kernels._triton import ring_of_row
 from .exact import exact
 from .keys import key_of_score, score_of_key
 from .lists import LANES, append_tile
-from .scores import COARSE, COARSE_ERROR, FINE, TINY, Task, load_query, scores
+from .scores import COARSE, COARSE_ERROR, DIRECT, FINE, TINY, Task, load_query, scores, units_of
 
 BISECTIONS = tl.constexpr(16)  # of the groups' maxima: a bar too low by 2^-16 of their range costs nothing
 
@@ -80,13 +80,16 @@ def chunk_topk_search_kernel(
     m_row = o_row < rows
     p_rows = query.ptr + i_b * query.b + (i_g * (H // G) + o_row // T) * query.h + o_row % T * query.t
     p_ring = centroid.ptr + i_r * centroid.b + i_g * centroid.h
-    b_query = load_query(p_rows, m_row, 0, D, PIECE)
-    task = Task(b_query, p_rows, m_row, p_ring, tl.cast(centroid.t, tl.int64))
+    b_unit = tl.full([BT], 1.0, tl.float32)
+    if HOW != DIRECT:
+        b_unit = units_of(p_rows, m_row, D, PIECE)
+    b_query = load_query(p_rows, m_row, b_unit, 0, HOW, D, PIECE)
+    task = Task(b_query, p_rows, m_row, b_unit, p_ring, tl.cast(centroid.t, tl.int64))
     if HOW == COARSE:
         b_norm = tl.zeros([BT], tl.float32)
         for d in tl.range(0, D, PIECE, num_stages=1):
-            b_wide = load_query(p_rows, m_row, d, D, PIECE).to(tl.float32)
-            b_norm += tl.sum(b_wide * b_wide, axis=1)
+            b_part = load_query(p_rows, m_row, b_unit, d, HOW, D, PIECE)
+            b_norm += tl.sum(b_part * b_part, axis=1)
         b_norm = tl.sqrt(b_norm) * COARSE_ERROR
         p_norm += (i_r * G + i_g) * tl.cdiv(M, BN)
 
