@@ -3,12 +3,29 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 # Triton's interpreter keeps bfloat16 as bits: it multiplies them as integers and truncates where a GPU rounds. Two
 # branches below exist for that and compile to nothing.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+class Rows(NamedTuple):
+    """A tensor of four axes as a kernel sees it: a pointer and strides; the last axis is contiguous.
+    The axes are named batch, head and token, whatever they are."""
+
+    ptr: Any
+    b: Any
+    h: Any
+    t: Any
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Rows:
+        return cls(tensor, *tensor.stride()[:3])
 
 
 @triton.jit
@@ -32,7 +49,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def ring_of_row(p_ring_index, i_b, R, M):
-    """Ring of batch row `i_b` (int64), and its M slots: as `ring_index` says; without one, the row's own or the only one.
+    """Ring of batch row `i_b` (int64), as `ring_index` says or else its own or the only one, and its M slots.
 
     A ring that does not exist is ring 0 without slots: nothing of it is read.
     """

@@ -39,7 +39,7 @@ T_LONG, M_LONG = (129, 5000) if CUDA else (9, 300)
 def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs them one after the other."""
     if not CUDA:
-        monkeypatch.setattr(implementation, "WARPS", 4)
+        monkeypatch.setattr(implementation, "WARPS", 1)
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -81,7 +81,7 @@ def test_tiles_for_every_number_of_queries(tokens: int) -> None:
 
 def test_slots_are_split_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     query, centroid = integers(1, 1, 3, 32, dtype=torch.bfloat16), integers(1, 1, 1000, 32, seed=1).bfloat16()
-    for warps in (4, 64):
+    for warps in (2, 64):
         monkeypatch.setattr(implementation, "WARPS", warps)
         check(query, centroid, 4, counts(901))
         check(query, centroid, 4, counts(33))  # most splits are empty
@@ -144,7 +144,7 @@ def row_of_scores(score: Tensor) -> tuple[Tensor, Tensor]:
     "order", ["equal", "ascending", "one_group", "one_tile", "one_lane", "two_levels", "zeros_of_both_signs", "nan"]
 )
 def test_adversarial_orders(order: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long enough that lists fill up and are compacted, with whole numbers that bfloat16 holds."""
+    """Long enough that lists overflow, with whole numbers that bfloat16 holds."""
     monkeypatch.setattr(implementation, "WARPS", 1)  # no splits
     slot = torch.arange(5000 if CUDA else 1500, dtype=torch.float32, device=DEVICE)
     score = {
@@ -152,7 +152,7 @@ def test_adversarial_orders(order: str, dtype: torch.dtype, monkeypatch: pytest.
         "ascending": (slot // 6).clamp(max=256),  # six of each: ties at every boundary
         "one_group": torch.where(slot // 8 == 77, slot % 8 + 100, -1.0),
         "one_tile": torch.where(slot // 128 == 5, slot % 5 + 100, -(slot % 7)),
-        "one_lane": torch.where(slot // 8 % 4 == 1, slot // 32, -1.0),
+        "one_lane": torch.where(slot // 2 % 4 == 1, slot // 32, -1.0),
         "two_levels": (slot % 100 == 99).float(),
         "zeros_of_both_signs": torch.where(slot % 2 == 0, 0.0, -0.0),
         "nan": torch.where(slot % 300 == 299, 1.0, math.nan),
@@ -209,6 +209,53 @@ def test_empty() -> None:
     for B, T in ((0, 3), (2, 0)):
         ids, scores = chunk_topk(integers(B, 2, T, 32), centroid, 3, count=counts(5), impl="triton")
         assert ids.shape == scores.shape == (B, 2, T, 3)
+
+
+def test_a_sample_that_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar is made from tiles that hold nothing good: lists overflow, and the block is decided otherwise."""
+    sizes = {"BT": 16, "BN": 32, "NG": 32, "SAMPLE": 2, "CAPACITY": 16, "PIECE": 32, "STAGES": 2, "num_warps": 1}
+    monkeypatch.setattr(implementation, "search_tiles", lambda *_: sizes)
+    slot = torch.arange(1300, dtype=torch.float32, device=DEVICE)
+    query, centroid = row_of_scores(torch.where(slot // 32 % 2 == 1, slot % 200, -slot % 50))
+    for dtype in (torch.bfloat16, torch.float32):
+        check(query.to(dtype), centroid.to(dtype), 16, counts(1290))
+
+
+# Products whose first 11 bits put the wrong chunks first, at the ends of float32's range as well.
+UNITS = {"plain": (1.0, 1.0), "large": (2.0**60, 2.0**40), "norms beyond float32": (2.0**66, 2.0**44)}
+UNITS |= {"small": (2.0**-60, 2.0**-40), "denormal queries": (2.0**-140, 1.0)}
+
+
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("attack", ["rounding", "cancellation"])
+def test_scores_of_less_precision_decide_nothing(attack: str, units: str) -> None:
+    """Whole numbers times powers of two, whose sums are exact in float32: all bits of the result are known."""
+    M = 5000 if CUDA else 400
+    generator = torch.Generator().manual_seed(0)
+    query, centroid = torch.zeros(1, 1, 20, 32), torch.zeros(1, 1, M, 32)
+    if attack == "rounding":
+        # 4095 + 4095 is cut to 8188, and 8188 + 1 is not: twenty of the former belong before sixty of the latter.
+        query[..., :2] = 1.0
+        centroid[..., 0] = 8180.0
+        some = torch.randperm(M, generator=generator)[:80]
+        centroid[..., some[:20], :2] = 4095.0
+        centroid[..., some[20:], :2] = torch.tensor([8188.0, 1.0])
+    else:
+        # 1 * -3x + 3 * x is 0, but 3x and x are not cut alike; the rest decides.
+        x = torch.randint(-2047, 2048, (M,), generator=generator) * 2.0 + 1
+        query[..., 0], query[..., 1], query[..., 2:] = 1.0, 3.0, 2.0**-6
+        centroid[..., 0], centroid[..., 1] = -3 * x, x
+        centroid[..., 2:] = torch.randint(-5, 6, (M, 30), generator=generator).float()
+    query_unit, centroid_unit = UNITS[units]
+    check(query.to(DEVICE) * query_unit, centroid.to(DEVICE) * centroid_unit, 16, counts(M))
+
+
+def test_a_chunk_far_larger_than_all_others() -> None:
+    """Its error band is as large as all scores; those of other tiles keep theirs."""
+    query, centroid = integers(1, 1, 20, 32), integers(1, 1, 700, 32, seed=1)
+    centroid[0, 0, 300] = 2.0**100
+    centroid[0, 0, 301] = math.inf
+    check(query, centroid, 16, counts(690))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -23,7 +23,7 @@ from longmem_kernels._dispatch import KERNEL_HEAD_DIMS
 
 SHAPE = Shape(B=1, T=4, H=2, G=2, D=32, M=40, K=5)
 FACTS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "chunk_topk_search_kernel": {"dtype": ("float32", "half"), "rows": (1, 17, 4096)},
+    "chunk_topk_search_kernel": {"how": ("direct", "coarse", "fine"), "rows": (1, 17, 4096), "K": (16, 32, 64)},
     "memory_attention_memory_kernel": {"bytes": (1, 2, 4), "tokens": (1, 4096)},
     "memory_attention_memory_query_grad_kernel": {"bytes": (1, 2, 4), "tokens": (1, 4096)},
     "memory_attention_local_kernel": {"dtype": ("float32", "half"), "dropout": (False, True)},

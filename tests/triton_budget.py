@@ -84,8 +84,9 @@ def disassembled(launch: Launch, capability: int) -> str:
     return _read_cubin(triton.knobs.nvidia.nvdisasm.path, "--print-code", _compiled(launch, capability).asm["cubin"])
 
 
-def shortest_turn(launch: Launch, capability: int) -> list[str]:
-    """The instructions on the shortest way around the loop that multiplies matrices: what every turn costs at least."""
+def shortest_turns(launch: Launch, capability: int) -> list[list[str]]:
+    """For each innermost loop that multiplies matrices, in the order of the code, the instructions on the shortest way
+    around it: what every turn costs at least."""
     cubin = _compiled(launch, capability).asm["cubin"]
     sass = _read_cubin(triton.knobs.nvidia.cuobjdump.path, "-sass", cubin)
     code = {
@@ -95,16 +96,21 @@ def shortest_turn(launch: Launch, capability: int) -> list[str]:
     after = dict(pairwise(addresses))
     target = {at: int(to[1], 16) for at in addresses if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", code[at]))}
     products = [at for at in addresses if re.search(r"\bHG?MMA\b", code[at])]
-    turns = [(at - to, to, at) for at, to in target.items() if to <= products[0] and products[-1] <= at]
-    _, start, end = min(turns)
+    turns = {(to, at) for at, to in target.items() if any(to <= product <= at for product in products)}
+    inner = [turn for turn in turns if not any(turn[0] <= a and b <= turn[1] and (a, b) != turn for a, b in turns)]
+    return [_shortest_way(code, target, after, *turn) for turn in sorted(inner)]
 
+
+def _shortest_way(
+    code: dict[int, str], target: dict[int, int], after: dict[int, int], start: int, end: int
+) -> list[str]:
     came_from = {start: start}
     queue = deque([start])
     while end not in came_from:
         at = queue.popleft()
         always = at in target and not code[at].startswith("@")
         for successor in (target.get(at), None if always else after.get(at)):
-            if successor is not None and successor not in came_from:
+            if successor is not None and start <= successor <= end and successor not in came_from:
                 came_from[successor] = at
                 queue.append(successor)
     way = [end]
@@ -114,24 +120,32 @@ def shortest_turn(launch: Launch, capability: int) -> list[str]:
 
 
 def _compiled(launch: Launch, capability: int) -> Any:
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def described(value: Any, path: tuple[int, ...], is_constant: bool = False) -> Any:
+        """Its type. As at a real launch, None and 1 are compiled in, and what 16 divides is known to be so."""
+        if isinstance(value, tuple):
+            parts = [described(part, (*path, i)) for i, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if is_constant or value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        divisible = False
+        if isinstance(value, torch.Tensor):
+            kind, divisible = "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            kind = "fp32"
+        else:
+            kind, divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+        if divisible:
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        # As at a real launch: None and 1 are compiled in, and what 16 divides is known to be so.
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name], divisible = "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
-            signature[parameter.name], divisible = "fp32", False
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = described(value, (index,), parameter.is_constexpr)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 
