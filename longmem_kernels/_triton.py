@@ -32,7 +32,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def ring_of_row(p_ring_index, i_b, R, M):
-    """Ring of batch row `i_b` (int64), and its M slots: as `ring_index` says; without one, the row's own or the only one.
+    """Ring of batch row `i_b` (int64), and its M slots: as `ring_index` says, else the row's own, or the only one.
 
     A ring that does not exist is ring 0 without slots: nothing of it is read.
     """
