@@ -49,7 +49,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def ring_of_row(p_ring_index, i_b, R, M):
-    """Ring of batch row `i_b` (int64), as `ring_index` says or else its own or the only one, and its M slots.
+    """Ring of batch row `i_b` (int64), and its M slots: as `ring_index` says, else the row's own, or the only one.
 
     A ring that does not exist is ring 0 without slots: nothing of it is read.
     """
