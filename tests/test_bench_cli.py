@@ -87,6 +87,7 @@ def test_an_interrupted_run_leaves_what_it_measured(tmp_path: Path, monkeypatch:
 
 
 def test_what_would_be_compiled_is_found_without_a_gpu() -> None:
+    pytest.importorskip("triton")
     shape = Shape(B=1, T=64, H=2, G=2, D=64, M=128, dtype=torch.bfloat16)
     base = [Variant("memory_layer", shape), Variant("memory_attention_backward", shape)]
     kernels = [lookup.kernel for variant in base for lookup in lookups_of(variant, 90)]
@@ -98,6 +99,7 @@ def test_what_would_be_compiled_is_found_without_a_gpu() -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_beforehand_and_say_what_does_not_fit() -> None:
+    pytest.importorskip("triton")
     shape = Shape(B=1, T=64, H=2, G=2, D=64, M=128, dtype=torch.bfloat16)
     fits = compile_variant(Variant("chunk_topk", shape), 80)
     assert fits.reason is None and set(fits.shared_bytes) == {"chunk_topk_search_kernel", "chunk_topk_decide_kernel"}

@@ -122,7 +122,8 @@ def groups(setup: Setup) -> list[Group]:
         Group("sanitize", "compute-sanitizer: memcheck, racecheck, initcheck", 75, 240, [_sanitize(setup)]),
         Group("tune", "all candidates of the tile tables", 60, 240, [[_tune(setup)]]),
         Group("bench", "the published step, then sweeps", 60, 600,
-              [[_published_step(setup)], [_bench(setup, "bench", of_sweeps, "--sweeps")], [_profile(setup)]]),
+              [[_published_step(setup)], [_variants(setup, "--sweeps")],
+               [_bench(setup, "bench", of_sweeps, "--sweeps")], [_profile(setup)]]),
         Group("graphs", "a decoding step in a CUDA graph", 20, 60, [[_probe(setup, "graphs")]]),
         Group("fp8", "a float8 memory", 20, 60, [[_probe(setup, "fp8")]]),
         Group("distributed", "DDP and FSDP on one GPU, NCCL", 45, 120, [[_probe(setup, "distributed")]]),
@@ -152,22 +153,24 @@ def _build(setup: Setup) -> list[list[Step]]:
     if "flashlib" in have and not setup.rehearse:
         rows.append(Step("flashlib", [*pip, "--no-deps", *find, "flashlib"], 60))
     extension = [*pip, "--no-build-isolation", "--no-deps", "-e", "."]
-    table = "90" if setup.capability >= (9, 0) else "80"
-    compiled = ["bench", "compile", "--arch", table, "--minutes", "{minutes}"]
-    variants = setup.pick(
-        ["--tiles", "--workers", str(max(1, setup.cores // 2))],
-        ["--ops", "chunk_topk", "--shape", "T=32,M=1024", "--scale", "small", "--workers", "1"],
-    )
     together = [
         Step("extension", setup.pick(extension, [sys.executable, "-c", "print('not built in a rehearsal')"]), 300,
              environment=environment, report=_of_build),
-        Step("variants", _longmem(*compiled, *variants), 300),
+        _variants(setup),
     ]  # fmt: skip
     if not setup.rehearse:
         options = ["--providers", "compile,flex", "--seconds", "0.01", "--device", "cuda"]
-        together.append(Step("compiled_baselines", _longmem("bench", "fusion", *options), 150, report=of_rows))
+        together.append(Step("compiled_baselines", _longmem("bench", "fusion", *options), 60, report=of_rows))
     info = Step("info", [sys.executable, "-m", "longmem_kernels.info"], 60, report=_of_info)
     return [*([step] for step in rows), together, [info]]
+
+
+def _variants(setup: Setup, *options: str) -> Step:
+    """Triton kernels of the base shapes; `tune` compiles its candidates itself."""
+    table, workers = "90" if setup.capability >= (9, 0) else "80", str(max(1, setup.cores // 2))
+    small = ["--ops", "chunk_topk", "--shape", "T=32,M=1024", "--scale", "small", "--workers", "1"]
+    command = ["bench", "compile", "--arch", table, "--minutes", "{minutes}"]
+    return Step("variants", _longmem(*command, *setup.pick(["--workers", workers, *options], small)), 120)
 
 
 def _of_build(text: str) -> list[str]:

@@ -74,7 +74,13 @@ class _Driver:
 @contextmanager
 def compiling(architecture: int) -> Iterator[dict[str, int]]:
     """Triton launches of the block, on CPU tensors, are compiled for sm_`architecture` in place of being run; a dict of
-    the shared memory that each kernel needs."""
+    the shared memory that each kernel needs.
+
+    Raises:
+        ValueError: kernels are interpreted.
+    """
+    if _dispatch._interpreted:
+        raise ValueError("compile: TRITON_INTERPRET=1 is set, and interpreted kernels cannot be compiled")
     from triton.runtime.driver import DriverConfig
     from triton.runtime.jit import JITFunction
 
