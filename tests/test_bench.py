@@ -8,11 +8,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from longmem.bench import GateError, Provider, Shape, measure, plot, plot_sweeps, providers, table, timing
+from longmem.bench import GateError, Provider, Shape, measure, models, plot, plot_sweeps, providers, table, timing
 from longmem.bench.inputs import FusionInputs, WriteInputs, draw
 from longmem.bench.kernels import kernel_times
 from longmem.bench.kernels import table as kernel_table
@@ -78,6 +79,23 @@ def test_whole_models_pass_their_gate(op: str) -> None:
     rows = measure(op, Shape(B=2, T=8, S=4, H=2, G=1, D=32, M=64, C=4, K=5, model="tiny"), rounds=2)
     assert all(row.median_ms for row in rows)
     assert [row.bound for row in rows] == [True, True, False]
+
+
+def test_memory_of_a_model_is_filled_without_encoding_a_text_that_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = models.draw("train_step", Shape(B=2, T=8, H=2, G=1, D=32, M=2048, C=4, K=5, model="tiny"), CPU)
+    encoded, encode = [], inputs.model.backbone.encode
+
+    def counted(tokens: torch.Tensor, *options: Any) -> Any:
+        encoded.append(tokens.numel())
+        return encode(tokens, *options)
+
+    monkeypatch.setattr(inputs.model.backbone, "encode", counted)
+    ring, again = inputs.memory().ring, inputs.memory().ring
+    assert torch.equal(ring.store, again.store) and ring.count().tolist() == [2048, 2048]
+    assert sum(encoded) <= 2 * 256
+    states = encode(inputs.past, inputs.model.config.memory_layers, ())
+    spread = states.key.float().std(2)
+    assert torch.allclose(ring.key.flatten(2, 3).float().std(2), spread, rtol=0.1)
 
 
 @pytest.mark.parametrize(("op", "change"), [("generate", 1), ("train_step", 0.1)])

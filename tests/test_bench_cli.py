@@ -11,11 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from longmem.bench import OPS, Row, measure, providers, suite
+from longmem.bench import OPS, Row, measure, providers, suite, table
 from longmem.bench.cli import bench_app, profile_app
 from longmem.bench.compare import compare, comparison
 from longmem.bench.precompile import Variant, candidates_of, compile_variant, lookups_of
-from longmem.bench.results import Result, newest
+from longmem.bench.results import RESULTS, Result, newest
 from longmem.bench.shapes import Shape, default_sweeps, shapes_for
 from longmem_kernels import _tiles
 
@@ -198,6 +198,16 @@ def test_compare_exits_with_1_when_something_got_slower(tmp_path: Path) -> None:
     old, new = result(row(1.0)).save(tmp_path / "old.json"), result(row(2.0)).save(tmp_path / "new.json")
     assert CliRunner().invoke(bench_app, ["compare", str(old), str(new)]).exit_code == 1
     assert CliRunner().invoke(bench_app, ["compare", str(new), str(old)]).exit_code == 0
+
+
+def test_kept_results_of_older_commits_are_still_read_shown_and_compared() -> None:
+    kept = sorted(RESULTS.rglob("*.json"))
+    assert kept
+    for path in kept:
+        found = Result.load(path)
+        assert found.rows[0].provider in table(found.rows)
+        if any(one.median_ms for one in found.rows):
+            assert {change.verdict for change in compare(found, found)} == {"same"}
 
 
 def test_results_are_read_back_as_written(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,12 @@ print(json.dumps({
     "name": torch.cuda.get_device_name() if there else None,
     "capability": torch.cuda.get_device_capability() if there else None,
 }))
+"""
+_WANTED = """
+import importlib.util as util
+names = "expecttest filelock hypothesis matplotlib pybind11 pytest pytest_benchmark safetensors tqdm transformers typer"
+missing = [name for name in names.split() if util.find_spec(name) is None]
+raise SystemExit("missing: " + ", ".join(missing) if missing else print("all there"))
 """
 _TOOLS = ["expecttest", "filelock", "hypothesis", "matplotlib", "pytest-xdist", "safetensors", "tqdm", "typer"]
 
@@ -152,6 +159,7 @@ def _build(setup: Setup) -> list[list[Step]]:
     rows = [Step("wheels", [*pip, *find, *tools], 60)] if tools and not setup.rehearse else []
     if "flashlib" in have and not setup.rehearse:
         rows.append(Step("flashlib", [*pip, "--no-deps", *find, "flashlib"], 60))
+    rows.append(Step("requirements", [sys.executable, "-c", _WANTED], 20))
     extension = [*pip, "--no-build-isolation", "--no-deps", "-e", "."]
     together = [
         Step("extension", setup.pick(extension, [sys.executable, "-c", "print('not built in a rehearsal')"]), 300,
@@ -301,7 +309,7 @@ def _of_training(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    begin, words = time.monotonic(), list(sys.argv[1:] if arguments is None else arguments)
     rehearse, listed = "--rehearse" in words, "--list" in words
     words = [word for word in words if word not in ("--rehearse", "--list")]
     minutes = float(words.pop(0)) if words and re.fullmatch(r"\d+(\.\d+)?", words[0]) else WITHOUT
@@ -322,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a time limit around this program
     check = Check(setup.out)
     begun = {group.name: group for group in groups(setup)}
-    check.run([begun[word] for word in words or begun], 60 * minutes)
+    check.run([begun[word] for word in words or begun], 60 * minutes - (time.monotonic() - begin))
     print(f"\n{setup.device}\n{table(check.outcomes)}")
     return 1 if check.failed else 0
 

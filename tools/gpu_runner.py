@@ -213,11 +213,12 @@ def of_pytest(text: str, most: int = 8) -> list[str]:
 
 
 def of_sanitizer(text: str) -> list[str]:
-    """The tool's own summary, else the last kernel that ran."""
+    """The tool's own summary and its first complaint, else the last kernel that ran; and kernels that did not."""
     errors = re.findall(r"ERROR SUMMARY: .*|RACECHECK SUMMARY: .*", text)
     first = re.search(r"^========= (?!COMPUTE|ERROR SUMMARY|RACECHECK SUMMARY)(\S.*)$", text, re.M)
     found = [errors[-1]] if errors else text.strip().splitlines()[-1:]
-    return [*found, *([first[1]] if first and errors and " 0 " not in errors[-1] else [])]
+    complaint = [first[1]] if first and errors and " 0 " not in errors[-1] else []
+    return [*found, *complaint, *re.findall(r"^\w+ (?:cuda|triton): not run, .*$", text, re.M)]
 
 
 def of_rows(text: str) -> list[str]:
