@@ -24,9 +24,6 @@ from .measure import first_line
 from .providers import Provider, providers
 from .shapes import Shape
 
-SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
-"""Shared memory that a block can have on every GPU for which a table of tiles is used."""
-
 TRITON_OPS = ("chunk_topk", "memory_attention", "memory_attention_backward", "memory_layer")
 
 
@@ -152,7 +149,7 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
             _launch(variant)
     except Exception as error:  # of the compiler: the reason why this variant does not exist
         return Compiled(variant, shared, first_line(error))
-    most = SHARED_BYTES[architecture]
+    most = _tiles.SHARED_BYTES[architecture]
     over = [
         f"{kernel} needs {size:,} bytes of shared memory, a block has {most:,}"
         for kernel, size in shared.items()
