@@ -108,7 +108,10 @@ class Check:
             self._add(Outcome(group.name, step.name, "skipped", 0.0, [why]))
             return begin, None
         handle, name = tempfile.mkstemp(prefix=f"gpu_check_{step.name}_")
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", **step.environment}
+        # This checkout also where nothing could be installed.
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        ours = {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", "PYTHONPATH": path}
+        environment = {**os.environ, **ours, **step.environment}
         minutes = f"{0.9 * min(step.most, end - begin) / 60:.2f}"
         command = [word.replace("{minutes}", minutes) for word in step.command]
         with os.fdopen(handle, "w") as log:
