@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from longmem import LongMem, LongMemConfig, huggingface_backbone
 from longmem.backbones.gguf import load_gguf
-from longmem.backbones.load import load_backbone
+from longmem.backbones.load import find_backbone, load_backbone
 from longmem.text import opening_tokens, stop_tokens
 
 __all__ = ["backbone", "texts"]  # fixtures
@@ -40,6 +40,8 @@ def test_a_run_finds_its_backbone_from_elsewhere_and_after_a_move(
     said = capsys.readouterr().err
     for place in (home / "models" / "tiny", away / "models" / "tiny", tmp_path / "models" / "tiny", "--backbone"):
         assert str(place) in said
+    with pytest.raises(ValueError, match="runs/mine is damaged: wanted the place of its backbone, got 'here'"):
+        find_backbone("models/tiny", "here", away / "runs" / "mine")
     named = ["--run", away / "runs" / "mine", "--backbone", tmp_path / "gone" / "tiny"]
     assert shown(capsys, *named, *arguments) == first
     assert run("eval", *named, "--data", texts, "--score-from", "64", "--document-tokens", "160") == 0
