@@ -41,6 +41,8 @@ Facts: TypeAlias = Mapping[str, int | str | bool]
 
 FOLDER = Path(__file__).parent / "tiles"
 ARCHITECTURES = (80, 90)  # compute capability 8.0 and 9.0
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
+"""Shared memory that a block can have on every GPU that uses the table."""
 
 
 @dataclass(frozen=True)

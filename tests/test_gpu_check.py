@@ -173,6 +173,8 @@ def test_reports_pick_what_matters() -> None:
     assert of_tuning(ranking.replace("winner", "      ")) == ["search (D=64 rows=1): table stays: 2.0 1.0 16"]
     clean = "x: ran\n========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
     assert of_sanitizer(clean) == ["ERROR SUMMARY: 0 errors"]
+    absent = "ring_write cuda: not run, built without CUDA"
+    assert of_sanitizer(f"{absent}\nring_write reference: not run, x\n{clean}") == ["ERROR SUMMARY: 0 errors", absent]
     bad = (
         "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 4\n========= ERROR SUMMARY: 3 errors\n"
     )

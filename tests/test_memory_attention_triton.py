@@ -18,7 +18,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device: run by test_triton_interpreter.py", allow_module_level=True)
 
-from longmem_kernels import memory_attention  # noqa: E402
+from longmem_kernels import _tiles, memory_attention  # noqa: E402
 from longmem_kernels.memory_attention import triton as triton_forward  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
@@ -286,15 +286,15 @@ def test_few_queries_are_decoded() -> None:
 
 
 @pytest.mark.parametrize("programs", [1, 3, 64])
-def test_any_number_of_parts(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_parts(programs: int) -> None:
     """Long caches, many tokens, few or many programs to split them for; parts that see no key at all."""
-    from longmem_kernels.memory_attention import triton_decode
-
-    monkeypatch.setattr(triton_decode, "PROGRAMS_WANTED", programs)
     arguments = call(B=1, H=3, G=1, T=2, S=300, M=60, C=3, K=50, fusion="joint")
     arguments["key_mask"] = torch.ones(1, 300, dtype=torch.bool, device=DEVICE)
     arguments["key_mask"][:, 20:200] = False
-    compare(arguments)
+    use = {"BT": 16, "BS": 32, "BJ": 64, "programs": programs, "num_warps": 4, "num_stages": 2}
+    with _tiles.forced({"memory_attention_decode_kernel": use}), _tiles.noted() as lookups:
+        compare(arguments)
+    assert [dict(lookup.use)["programs"] for lookup in lookups if "decode" in lookup.kernel] == [programs]
 
 
 # --- the framework -------------------------------------------------------------------------------------------------

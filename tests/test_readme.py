@@ -12,6 +12,7 @@ import pytest
 from test_cli import WORDS, backbone
 
 from benchmarks import readme
+from longmem.bench import Row
 from longmem.bench.results import Result
 
 README = Path(__file__).parent.parent / "README.md"
@@ -94,6 +95,17 @@ def test_figures_are_those_of_the_results_they_name() -> None:
     for name, wanted in parts.items():
         found = readme.block(name).search(text)
         assert found is not None and found[0] == wanted, "python -m benchmarks.readme writes them anew"
+
+
+def test_a_gpu_row_shows_what_the_device_and_what_the_host_takes() -> None:
+    def row(provider: str, median: float, graph: float | None, ours: bool) -> Row:
+        shared = {"op": "chunk_topk", "shape": "B=1 T=1", "dtype": "bfloat16", "device": "cuda", "device_name": "x"}
+        times = {"median_ms": median, "graph_ms": graph, "host_ms": median, "peak_bytes": 0}
+        return Row(provider=provider, ours=ours, threads=1, commit="c", **shared, **times)  # type: ignore[arg-type]
+
+    rows = [row("longmem triton", 0.354, 0.02, True), row("torch", 0.3, 0.05, False), row("faiss", 0.708, None, False)]
+    text = "\n".join(readme._table(Result({"device": "x"}, "2026-01-02", rows)))
+    assert "**0.0200 (graph; host 0.354)** | faiss 0.708 (2.0x); torch 0.0500 (graph; host 0.300) (2.5x)" in text
 
 
 def test_plots_were_drawn_from_the_result_that_readme_names() -> None:

@@ -29,7 +29,7 @@ FACTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "memory_attention_local_kernel": {"dtype": ("float32", "half"), "dropout": (False, True)},
     "memory_attention_query_grad_kernel": {"dtype": ("float32", "half")},
     "memory_attention_key_value_grad_kernel": {"dtype": ("float32", "half"), "dropout": (False, True)},
-    "memory_attention_decode_kernel": {"dtype": ("float32", "half"), "rows": (1, 17, 1024)},
+    "memory_attention_decode_kernel": {"dtype": ("float32", "half"), "rows": (1, 17, 1024), "tokens": (1, 4096)},
 }
 
 

@@ -23,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-# Shared memory a block can have, and registers of a thread.
-SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
-REGISTERS = 255
+from longmem_kernels._tiles import SHARED_BYTES
+
+REGISTERS = 255  # of a thread
 # Local memory of a thread, for registers that are spilled once. The innermost loops, where the time goes, spill none.
 LOCAL_BYTES = 128
 

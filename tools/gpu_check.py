@@ -33,6 +33,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,12 @@ print(json.dumps({
     "name": torch.cuda.get_device_name() if there else None,
     "capability": torch.cuda.get_device_capability() if there else None,
 }))
+"""
+_WANTED = """
+import importlib.util as util
+names = "expecttest filelock hypothesis matplotlib pybind11 pytest pytest_benchmark safetensors tqdm transformers typer"
+missing = [name for name in names.split() if util.find_spec(name) is None]
+raise SystemExit("missing: " + ", ".join(missing) if missing else print("all there"))
 """
 _TOOLS = ["expecttest", "filelock", "hypothesis", "matplotlib", "pytest-xdist", "safetensors", "tqdm", "typer"]
 
@@ -122,7 +129,8 @@ def groups(setup: Setup) -> list[Group]:
         Group("sanitize", "compute-sanitizer: memcheck, racecheck, initcheck", 75, 240, [_sanitize(setup)]),
         Group("tune", "all candidates of the tile tables", 60, 240, [[_tune(setup)]]),
         Group("bench", "the published step, then sweeps", 60, 600,
-              [[_published_step(setup)], [_bench(setup, "bench", of_sweeps, "--sweeps")], [_profile(setup)]]),
+              [[_published_step(setup)], [_variants(setup, "--sweeps")],
+               [_bench(setup, "bench", of_sweeps, "--sweeps")], [_profile(setup)]]),
         Group("graphs", "a decoding step in a CUDA graph", 20, 60, [[_probe(setup, "graphs")]]),
         Group("fp8", "a float8 memory", 20, 60, [[_probe(setup, "fp8")]]),
         Group("distributed", "DDP and FSDP on one GPU, NCCL", 45, 120, [[_probe(setup, "distributed")]]),
@@ -151,23 +159,26 @@ def _build(setup: Setup) -> list[list[Step]]:
     rows = [Step("wheels", [*pip, *find, *tools], 60)] if tools and not setup.rehearse else []
     if "flashlib" in have and not setup.rehearse:
         rows.append(Step("flashlib", [*pip, "--no-deps", *find, "flashlib"], 60))
+    rows.append(Step("requirements", [sys.executable, "-c", _WANTED], 20))
     extension = [*pip, "--no-build-isolation", "--no-deps", "-e", "."]
-    table = "90" if setup.capability >= (9, 0) else "80"
-    compiled = ["bench", "compile", "--arch", table, "--minutes", "{minutes}"]
-    variants = setup.pick(
-        ["--tiles", "--workers", str(max(1, setup.cores // 2))],
-        ["--ops", "chunk_topk", "--shape", "T=32,M=1024", "--scale", "small", "--workers", "1"],
-    )
     together = [
         Step("extension", setup.pick(extension, [sys.executable, "-c", "print('not built in a rehearsal')"]), 300,
              environment=environment, report=_of_build),
-        Step("variants", _longmem(*compiled, *variants), 300),
+        _variants(setup),
     ]  # fmt: skip
     if not setup.rehearse:
         options = ["--providers", "compile,flex", "--seconds", "0.01", "--device", "cuda"]
-        together.append(Step("compiled_baselines", _longmem("bench", "fusion", *options), 150, report=of_rows))
+        together.append(Step("compiled_baselines", _longmem("bench", "fusion", *options), 60, report=of_rows))
     info = Step("info", [sys.executable, "-m", "longmem_kernels.info"], 60, report=_of_info)
     return [*([step] for step in rows), together, [info]]
+
+
+def _variants(setup: Setup, *options: str) -> Step:
+    """Triton kernels of the base shapes; `tune` compiles its candidates itself."""
+    table, workers = "90" if setup.capability >= (9, 0) else "80", str(max(1, setup.cores // 2))
+    small = ["--ops", "chunk_topk", "--shape", "T=32,M=1024", "--scale", "small", "--workers", "1"]
+    command = ["bench", "compile", "--arch", table, "--minutes", "{minutes}"]
+    return Step("variants", _longmem(*command, *setup.pick(["--workers", workers, *options], small)), 120)
 
 
 def _of_build(text: str) -> list[str]:
@@ -298,7 +309,7 @@ def _of_training(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    begin, words = time.monotonic(), list(sys.argv[1:] if arguments is None else arguments)
     rehearse, listed = "--rehearse" in words, "--list" in words
     words = [word for word in words if word not in ("--rehearse", "--list")]
     minutes = float(words.pop(0)) if words and re.fullmatch(r"\d+(\.\d+)?", words[0]) else WITHOUT
@@ -319,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a time limit around this program
     check = Check(setup.out)
     begun = {group.name: group for group in groups(setup)}
-    check.run([begun[word] for word in words or begun], 60 * minutes)
+    check.run([begun[word] for word in words or begun], 60 * minutes - (time.monotonic() - begin))
     print(f"\n{setup.device}\n{table(check.outcomes)}")
     return 1 if check.failed else 0
 

@@ -108,7 +108,10 @@ class Check:
             self._add(Outcome(group.name, step.name, "skipped", 0.0, [why]))
             return begin, None
         handle, name = tempfile.mkstemp(prefix=f"gpu_check_{step.name}_")
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", **step.environment}
+        # This checkout also where nothing could be installed.
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        ours = {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", "PYTHONPATH": path}
+        environment = {**os.environ, **ours, **step.environment}
         minutes = f"{0.9 * min(step.most, end - begin) / 60:.2f}"
         command = [word.replace("{minutes}", minutes) for word in step.command]
         with os.fdopen(handle, "w") as log:
@@ -213,11 +216,12 @@ def of_pytest(text: str, most: int = 8) -> list[str]:
 
 
 def of_sanitizer(text: str) -> list[str]:
-    """The tool's own summary, else the last kernel that ran."""
+    """The tool's own summary and its first complaint, else the last kernel that ran; and kernels that did not."""
     errors = re.findall(r"ERROR SUMMARY: .*|RACECHECK SUMMARY: .*", text)
     first = re.search(r"^========= (?!COMPUTE|ERROR SUMMARY|RACECHECK SUMMARY)(\S.*)$", text, re.M)
     found = [errors[-1]] if errors else text.strip().splitlines()[-1:]
-    return [*found, *([first[1]] if first and errors and " 0 " not in errors[-1] else [])]
+    complaint = [first[1]] if first and errors and " 0 " not in errors[-1] else []
+    return [*found, *complaint, *re.findall(r"^\w+ (?:cuda|triton): not run, .*$", text, re.M)]
 
 
 def of_rows(text: str) -> list[str]:

@@ -21,15 +21,16 @@ B, T, H, G, D, M, C, K = 2, 37, 6, 2, 64, 21, 3, 5
 
 
 def run_ring_write(impl: str, device: str, dtype: torch.dtype) -> None:
-    """A segment that wraps, single tokens, padding, and two rows in one ring."""
-    ring = Ring.new(rings=2, kv_heads=G, chunks=M, chunk_size=C, head_dim=D, dtype=dtype, device=device)
+    """A segment that wraps, single tokens, padding, and two rows in one ring; kept as it comes and in float8."""
     index = torch.tensor([1, 1], dtype=torch.int32, device=device)
-    for tokens in (T, 1, T):
-        key, value = torch.randn(2, B, G, tokens, D, device=device, dtype=dtype)
-        mask = torch.rand(B, tokens, device=device) < 0.7
-        ring_write(ring, key, value, impl=impl)
-        ring_write(ring, key, value, ring_index=index, mask=mask, impl=impl)
-    assert ring.centroid[1].isfinite().all()
+    for stored in (dtype, torch.float8_e4m3fn):
+        ring = Ring.new(rings=2, kv_heads=G, chunks=M, chunk_size=C, head_dim=D, dtype=stored, device=device)
+        for tokens in (T, 1, T):
+            key, value = torch.randn(2, B, G, tokens, D, device=device, dtype=dtype)
+            mask = torch.rand(B, tokens, device=device) < 0.7
+            ring_write(ring, key, value, impl=impl)
+            ring_write(ring, key, value, ring_index=index, mask=mask, impl=impl)
+        assert ring.centroid[1].isfinite().all()
 
 
 def run_chunk_topk(impl: str, device: str, dtype: torch.dtype) -> None:
@@ -76,13 +77,17 @@ RUNS = {"ring_write": run_ring_write, "chunk_topk": run_chunk_topk, "memory_atte
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    device = parser.parse_args().device
+    parser.add_argument("--op", choices=tuple(RUNS), help="one operation alone")
+    options = parser.parse_args()
+    device = options.device
     if device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device")
         return 1
     torch.manual_seed(0)
     ran = 0
     for op, run in RUNS.items():
+        if options.op not in (None, op):
+            continue
         for impl in PREFERENCE[op]:
             reason = "the reference is no kernel" if impl == "reference" else why_unavailable(op, impl, device)
             if reason is not None:

@@ -24,9 +24,6 @@ from .measure import first_line
 from .providers import Provider, providers
 from .shapes import Shape
 
-SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
-"""Shared memory that a block can have on every GPU for which a table of tiles is used."""
-
 TRITON_OPS = ("chunk_topk", "memory_attention", "memory_attention_backward", "memory_layer")
 
 
@@ -74,7 +71,13 @@ class _Driver:
 @contextmanager
 def compiling(architecture: int) -> Iterator[dict[str, int]]:
     """Triton launches of the block, on CPU tensors, are compiled for sm_`architecture` in place of being run; a dict of
-    the shared memory that each kernel needs."""
+    the shared memory that each kernel needs.
+
+    Raises:
+        ValueError: kernels are interpreted.
+    """
+    if _dispatch._interpreted:
+        raise ValueError("compile: TRITON_INTERPRET=1 is set, and interpreted kernels cannot be compiled")
     from triton.runtime.driver import DriverConfig
     from triton.runtime.jit import JITFunction
 
@@ -146,7 +149,7 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
             _launch(variant)
     except Exception as error:  # of the compiler: the reason why this variant does not exist
         return Compiled(variant, shared, first_line(error))
-    most = SHARED_BYTES[architecture]
+    most = _tiles.SHARED_BYTES[architecture]
     over = [
         f"{kernel} needs {size:,} bytes of shared memory, a block has {most:,}"
         for kernel, size in shared.items()

@@ -69,9 +69,27 @@ def key_value_grad_tiles(query: Tensor, dropout: bool) -> Tiles:
     return _local_tiles("memory_attention_key_value_grad_kernel", query, dropout=dropout)
 
 
-def decode_tiles(query: Tensor, group: int) -> Tiles:
-    """Of the kernel for few queries: BT rows are queries of all `group` heads that share keys; tl.dot needs 16."""
-    return _local_tiles("memory_attention_decode_kernel", query, rows=group * query.shape[-2])
+@dataclass(frozen=True)
+class DecodeTiles(Tiles):
+    """Of the kernel for few queries: also how many retrieved tokens a program reads at once, and how many programs are
+    worth splitting keys and tokens for, about two for each SM of the largest GPUs."""
+
+    BJ: int = 64
+    programs: int = 256
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """What the kernel is launched with."""
+        return {name: value for name, value in vars(self).items() if name != "programs"}
+
+
+def decode_tiles(query: Tensor, group: int, tokens: int) -> DecodeTiles:
+    """BT rows are queries of all `group` heads that share keys; tl.dot needs 16. `tokens`: retrieved by a query."""
+    dtype, (T, D) = _tiles.kind(query.dtype), query.shape[-2:]
+    use = _tiles.choose(
+        "memory_attention_decode_kernel", capability(query.device), dtype=dtype, D=D, rows=group * T, tokens=tokens
+    )
+    return DecodeTiles(**{**use, "BJ": min(use["BJ"], triton.next_power_of_2(tokens))})
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,6 @@ from longmem_kernels.memory_attention._triton_common import (
 )
 
 DECODE_QUERIES = 16  # of a head, at most
-# About two programs for each SM of the largest GPUs; more than that many are not worth splitting for.
-PROGRAMS_WANTED = 256
-TOKENS = 64  # retrieved tokens that a program of four warps reads at once
 MERGED = 16  # parts that the merging kernel adds at once
 
 
@@ -211,10 +208,10 @@ def memory_attention_decode_merge_kernel(
     tl.store(p_memory_lse + o_row, b_memory_lse)
 
 
-def parts_of(length: int, tile: int, programs: int) -> tuple[int, int]:
-    """Length of a part, a multiple of `tile`, and how many parts, for `programs` programs each: see PROGRAMS_WANTED."""
+def parts_of(length: int, tile: int, programs: int, wanted: int) -> tuple[int, int]:
+    """Length of a part, a multiple of `tile`, and how many parts: each for `programs` programs, together `wanted`."""
     tiles = max(1, triton.cdiv(length, tile))
-    per_part = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS_WANTED // programs)))
+    per_part = triton.cdiv(tiles, max(1, min(tiles, wanted // programs)))
     return per_part * tile, triton.cdiv(tiles, per_part)
 
 
@@ -242,12 +239,11 @@ def decode_forward(
     G, S = key.shape[1:3]
     R, _, M, C, _ = bank.key.shape
     K = chunk_ids.shape[3]
-    tiles = decode_tiles(query, H // G)
+    tiles = decode_tiles(query, H // G, K * C)
     blocks = B * G * triton.cdiv(H // G * T, tiles.BT)
     first_key = 0 if window is None else max(0, S - T - window + 1) // tiles.BS * tiles.BS
-    keys_per_part, local_parts = parts_of(S - first_key, tiles.BS, blocks)
-    BJ = min(TOKENS, triton.next_power_of_2(K * C))
-    tokens_per_part, memory_parts = parts_of(K * C, BJ, B * H * T)
+    keys_per_part, local_parts = parts_of(S - first_key, tiles.BS, blocks, tiles.programs)
+    tokens_per_part, memory_parts = parts_of(K * C, tiles.BJ, B * H * T, tiles.programs)
     parts = local_parts + memory_parts
     part_out = query.new_empty((B, H, T, parts, D), dtype=torch.float32)
     part_lse = query.new_empty((B, H, T, parts), dtype=torch.float32)
@@ -259,7 +255,7 @@ def decode_forward(
         *memory_query.stride()[:3], *bank.strides, *chunk_ids.stride(),
         H, G, T, S, R, M, scale, window, drop_threshold(dropout_p),
         first_key, keys_per_part, tokens_per_part, local_parts, parts, blocks * local_parts,
-        CAUSAL=causal, K=K, **{**bank.options, **vars(tiles), "BJ": BJ},
+        CAUSAL=causal, K=K, **bank.options, **tiles.launch,
     )  # fmt: skip
     memory_attention_decode_merge_kernel[(B * H * T,)](
         part_out, part_lse, gate, *outputs, H, T, local_parts, parts, 1 / (1 - dropout_p),
