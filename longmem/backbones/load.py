@@ -56,7 +56,7 @@ def _gguf_file(path: Path) -> Path | None:
         return path
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         raise ValueError(f"load_backbone: there is no GGUF file {path}")
-    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
         return None
     found = sorted(path.glob("*.gguf"))
     if len(found) > 1:
@@ -77,17 +77,19 @@ def place_of(name: str, run: Path) -> dict[str, str]:
         return {"absolute": str(path)}
 
 
-def find_backbone(name: str, place: dict[str, str], run: Path) -> str:
+def find_backbone(name: str, place: Any, run: Path) -> str:
     """Returns the name to load a run's backbone by: of what `place_of` gave, the first path where something is: the
     absolute one, then that from the folder `run`, then `name` from the working directory. Without a place, `name`.
 
     Raises:
-        ValueError: nothing is at any of them.
+        ValueError: nothing is at any of them, or `place` is damaged.
     """
-    if not place:
+    if place == {}:
         return name
+    if not isinstance(place, dict) or not isinstance(place.get("absolute"), str):
+        raise ValueError(f"{run} is damaged: wanted the place of its backbone, got {place!r}")
     tried = [Path(place["absolute"])]
-    if "relative" in place:
+    if isinstance(place.get("relative"), str):
         tried.append(Path(os.path.normpath(run.absolute() / place["relative"])))
     tried.append(Path(name).expanduser().absolute())
     for path in tried:

@@ -50,4 +50,5 @@ def _convert(folder: Path) -> None:
     fields.pop("quantization_config", None)
     model = LlamaForCausalLM(LlamaConfig.from_dict(fields))
     model.load_state_dict(quantised.state_dict())
+    model.generation_config = quantised.generation_config
     model.save_pretrained(folder)

@@ -68,10 +68,10 @@ def train(
     segment, special_tokens = memory["segment"], memory["special_tokens"]
     target = choose_device(device)
     with (
-        results(json) as show,
         doing("training", lambda: kept_of_training(out)),
         process_group(target) as processes,
         quiet(not processes.first),
+        results(json) as show,
     ):
         torch.manual_seed(config.seed)
         frozen, tokenizer = load_named(backbone, target)
