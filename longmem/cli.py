@@ -137,7 +137,9 @@ def train(
         model = LongMem(
             frozen,
             LongMemConfig(
-                memory_layers=tuple(sorted(memory_layers)) if memory_layers else default_memory_layers(frozen),
+                memory_layers=tuple(sorted(memory_layers))
+                if memory_layers
+                else default_memory_layers(frozen, sidenet, reduction),
                 sidenet=sidenet,
                 trainable=trainable,
                 reduction=reduction,

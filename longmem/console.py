@@ -102,7 +102,7 @@ def announce(model: LongMem, precision: str) -> None:
     typer.echo(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; kernels: {kernels}", err=True)
     typer.echo(
         f"backbone {model.backbone.name}: {total:,} frozen parameters; {trainable:,} trained"
-        f" ({trainable / total:.2%}); matrix products in {resolve_precision(precision, device)}",
+        f" ({trainable / total:.2%}); matrix products in {resolve_precision(precision, device, model.backbone.dtype)}",
         err=True,
     )
 
@@ -126,11 +126,14 @@ def train_with_bar(trainer: Trainer) -> None:
 
 
 def remember_with_bar(model: LongMem, document: torch.Tensor, memory: MemoryBank) -> None:
-    with tqdm(total=len(document), desc="remember", unit="tok", unit_scale=True) as bar:
-        for piece in document[None].split(model.config.segment, 1):
-            with autocast("auto", model.backbone.device):
-                model.remember(piece.to(model.backbone.device), memory)
-            bar.update(piece.shape[1])
+    backbone = model.backbone
+    with (
+        tqdm(total=len(document), desc="remember", unit="tok", unit_scale=True) as bar,
+        autocast("auto", backbone.device, backbone.dtype),
+    ):
+        (kept,) = model.remember(document[None].to(backbone.device), memory, progress=bar.update)
+    if kept < len(document):
+        typer.echo(f"the memory holds the last {kept:,} of {len(document):,} tokens", err=True)
 
 
 def evaluate_with_bar(

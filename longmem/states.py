@@ -61,7 +61,8 @@ class StateCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.documents, self.folder, self.rows = model, documents, Path(folder), rows
-        self.precision, self.dtype = resolve_precision(precision, model.backbone.device), dtype
+        self.precision = resolve_precision(precision, model.backbone.device, model.backbone.dtype)
+        self.dtype = dtype
         self._open: dict[int, dict[str, Tensor]] = {}
 
     def fill(self, progress: Callable[[int], object] | None = None) -> None:
@@ -146,7 +147,7 @@ def _encode(caches: Sequence[StateCache], index: int, progress: Callable[[int], 
     depths = set().union(*(cache.model.sidenet.depths for cache in caches))
     parts: list[dict[str, list[Tensor]]] = [{} for _ in caches]
     for piece in caches[0].pieces(index):
-        with autocast(caches[0].precision, backbone.device):
+        with autocast(caches[0].precision, backbone.device, backbone.dtype):
             states = backbone.encode(piece.to(backbone.device), layers, depths)
         for cache, mine in zip(caches, parts, strict=True):
             for name, tensor in cache.kept(states, layers).items():
