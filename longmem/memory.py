@@ -141,7 +141,8 @@ class MemoryBank:
         """
         self._check_write(key, value, mask, rows)
         self._flush()  # an earlier write comes first
-        self._pending = (key.detach(), value.detach(), mask, self._rings_of(rows))
+        key, value = alike(key.detach(), value.detach())
+        self._pending = (key, value, mask, self._rings_of(rows))
 
     def _rings_of(self, rows: Sequence[int] | None) -> Tensor | None:
         """int32, the rings that rows write; None where that is each its own, or the only one."""
@@ -293,6 +294,12 @@ class MemoryBank:
     def _check_fingerprint(path: str | Path, about: dict[str, Any], fingerprint: str) -> None:
         if reason := difference(about["fingerprint"], fingerprint):
             raise ValueError(f"MemoryBank.load: {path} was written by another model: {reason}")
+
+
+def alike(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their formats: under autocast a norm of the keys leaves them wider than the values."""
+    dtype = torch.promote_types(key.dtype, value.dtype)
+    return key.to(dtype), value.to(dtype)
 
 
 class _InTime(torch.autograd.Function):

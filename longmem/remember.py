@@ -66,11 +66,7 @@ def _write_segments(
         if not some:
             continue
         counts = [min(segment, lengths[i] - begin) for i in some]
-        piece = (
-            tokens[some, begin : begin + max(counts)]
-            if len(some) < len(tokens)
-            else tokens[:, begin : begin + max(counts)]
-        )
+        piece = tokens[:, begin : begin + max(counts)][some]
         states = model.backbone.encode(piece, model.config.memory_layers, ())
         memory.write(states.key, states.value, _up_to(counts, piece), [owners[i] for i in some])
         if progress is not None:
@@ -98,8 +94,9 @@ def _remember_together(
         memory.write(states.key, states.value, _up_to(here, piece))
         if progress is not None:
             progress(sum(here))
-    capacity = memory.progress()[1] * memory.ring.chunk_size
-    return [min(length, capacity) for length in lengths]
+    (cursor, chunks), size = memory.progress(), memory.ring.chunk_size
+    held = (chunks * size + cursor % size).expand(memory.rows).tolist()  # whole chunks and the open one
+    return [min(length, held[owner]) for length, owner in zip(lengths, owners, strict=True)]
 
 
 def _up_to(counts: list[int], piece: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ from longmem_kernels.memory_attention.reference import memory_share
 
 from .collectives import Ranks
 from .files import load_tensors, save_tensors
-from .memory import KIND, MemoryBank
+from .memory import KIND, MemoryBank, alike
 
 
 class ShardedMemoryBank(MemoryBank):
@@ -98,6 +98,7 @@ class ShardedMemoryBank(MemoryBank):
         self._check_write(key, value, mask, rows)
         if mask is None:
             mask = torch.ones(self.rows, key.shape[2], dtype=torch.bool, device=key.device)
+        key, value = alike(key, value)
         key, value, mask = (self.ranks.gather(x.detach()) for x in (key, value, mask))
         self._flush()  # an earlier write comes first
         self._pending = (key, value, mask & self._is_mine(mask), None)
