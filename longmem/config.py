@@ -67,7 +67,7 @@ class LongMemConfig:
         if wrong:
             raise ValueError("LongMemConfig: " + "; ".join(wrong))
         # As JSON gives it back, whatever kind of integers came.
-        plain = {"memory_layers": tuple(int(layer) for layer in self.memory_layers)}
+        plain: dict[str, Any] = {"memory_layers": tuple(int(layer) for layer in self.memory_layers)}
         plain |= {"gate_start": float(self.gate_start)} | {name: int(getattr(self, name)) for name in _MOST}
         for name, value in plain.items():
             object.__setattr__(self, name, value)

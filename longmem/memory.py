@@ -157,7 +157,7 @@ class MemoryBank:
         written, from the next chunk's beginning on.
         """
         self._flush()
-        self._ring.cursor += torch.tensor(list(tokens), device=self._ring.cursor.device)
+        self._ring.cursor.add_(torch.tensor(list(tokens), device=self._ring.cursor.device))
 
     def _check_write(self, key: Tensor, value: Tensor, mask: Tensor | None, rows: Sequence[int] | None) -> None:
         if rows is not None and (len(set(rows)) != len(rows) or not set(rows) <= set(range(self.rows))):
