@@ -172,7 +172,8 @@ class LongMem(nn.Module):
         if mask is not None:
             check_mask("remember", mask, tokens)
         # All of them before any is written.
-        self.backbone.check_tokens(tokens if mask is None else tokens.masked_fill(~mask, 0))
+        if tokens.shape[1]:
+            self.backbone.check_tokens(tokens if mask is None else tokens.masked_fill(~mask, 0))
         return remember(self, tokens, memory, mask, rows, progress)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -302,8 +303,8 @@ class LongMem(nn.Module):
         model = cls(backbone, LongMemConfig.from_dict(about["config"] | changes))
         if reason := difference(about["fingerprint"], model.fingerprint):
             raise ValueError(
-                f"LongMem.from_pretrained: {folder} was trained on backbone {about['backbone']!r}, which is not the"
-                f" {backbone.name!r} given: {reason}"
+                f"LongMem.from_pretrained: {folder} was trained on backbone {about['backbone']!r}, got"
+                f" {backbone.name!r}: {reason}"
             )
         different = weights.keys() ^ model.trainable().keys()
         if different:

@@ -23,7 +23,8 @@ WRONG: dict[str, list[Any]] = {
     "gate_start": REALS,
     **dict.fromkeys(("sidenet", "trainable", "fusion", "scope"), CHOICES),
     **dict.fromkeys(("reduction", "segment"), NUMBERS),
-    **dict.fromkeys(("chunk_size", "chunks_per_query"), [*NUMBERS, 65, 1000]),
+    "chunk_size": [*NUMBERS, 65, 1000],
+    "chunks_per_query": [*NUMBERS, 65, 1000],
     "memory_tokens": [*NUMBERS, 1001, 4 * 2**31],
 }
 

@@ -1,4 +1,4 @@
-"""Backbones in every format: what transformers computes, trained, evaluated and generated with, under autocast or not."""
+"""Backbones in every format, under autocast or not: as transformers computes, trained, evaluated, generated with."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,11 @@ VERSION = "v2"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LANES = 4096  # 64-bit words that one sum covers
 _SAMPLES = 128
+_DIGEST = "[0-9a-f]{16}"
+_FORM = re.compile(
+    rf"{VERSION}:({_DIGEST}):(\w+):(\w+={_DIGEST}(?:,\w+={_DIGEST})*):([0-9a-f]{{{4 * _SAMPLES}}})(?:/(.*))?"
+)
+_OLD_FORM = re.compile(rf"{_DIGEST}/layers .*")
 
 
 def fingerprint(backbone: Backbone) -> str:
@@ -50,11 +56,13 @@ def difference(theirs: str, ours: str) -> str | None:
     """
     if theirs == ours:
         return None
-    mine = _Parsed.of(ours)
-    other = _Parsed.of(theirs)
+    mine, other = _Parsed.of(ours), _Parsed.of(theirs)
     if mine is None or other is None:
-        if mine is not None and _looks_old(theirs):
-            return "it is from an older version of longmem, which saw only a part of the weights and no settings"
+        if mine is not None and _OLD_FORM.fullmatch(theirs):
+            return (
+                "an older version of longmem wrote it, whose fingerprints saw only a part of the weights and no"
+                " settings; make it again with this version"
+            )
         return f"it is {theirs or 'unnamed'}, wanted {ours or 'unnamed'}"
     if other.settings != mine.settings:
         return (
@@ -78,23 +86,16 @@ class _Parsed:
 
     @classmethod
     def of(cls, text: str) -> _Parsed | None:
-        model, _, layers = text.partition("/")
-        parts = model.split(":")
-        if len(parts) != 5 or parts[0] != VERSION:
+        found = _FORM.fullmatch(text)
+        if found is None:
             return None
-        digests = dict(part.split("=", 1) for part in parts[3].split(",") if "=" in part)
-        if parts[2] not in digests or len(parts[4]) != 4 * _SAMPLES:
-            return None
-        return cls(parts[1], parts[2], digests, parts[4], layers)
+        settings, dtype, listed, sample, layers = found.groups()
+        digests = dict(part.split("=") for part in listed.split(","))
+        return cls(settings, dtype, digests, sample, layers or "") if dtype in digests else None
 
     @property
     def brief(self) -> str:
         return f"{self.settings[:8]} {self.dtype} {self.digests[self.dtype][:8]}"
-
-
-def _looks_old(text: str) -> bool:
-    digest, slash, layers = text.partition("/")
-    return bool(slash) and layers.startswith("layers ") and len(digest) == 16
 
 
 def _same_weights(a: _Parsed, b: _Parsed) -> bool:
@@ -102,9 +103,10 @@ def _same_weights(a: _Parsed, b: _Parsed) -> bool:
     halves = set(order[2:])
     if {a.dtype, b.dtype} != halves:
         narrower = max(a.dtype, b.dtype, key=order.index)
-        return a.digests.get(narrower) == b.digests.get(narrower)
+        return a.digests.get(narrower, "") == b.digests.get(narrower)
     # One may be a rounding of the other, or both of float32 weights that are neither.
-    return any(a.digests[kind] == b.digests[kind] for kind in halves) or _samples_agree(a.sample, b.sample)
+    shared = a.digests.items() & b.digests.items()
+    return any(kind in halves for kind, _ in shared) or _samples_agree(a.sample, b.sample)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from longmem.backbones.fingerprint import difference
 from longmem.files import load_tensors, save_tensors
 
 from .processes import Processes
@@ -129,6 +130,8 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = ""
         old, new = saved.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new and key == "fingerprint":
+            found.append(f"backbone: {difference(str(old), str(new)) or 'the same, in another format'}")
         elif old != new:
             found.append(f"{prefix}{key}: saved {old}, now {new}")
     return found
