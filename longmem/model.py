@@ -120,11 +120,24 @@ class LongMem(nn.Module):
         write: bool = True,
         shares: list[Tensor] | None = None,
     ) -> Output:
-        """`forward` from the backbone's states on: training over cached states starts here. `shares`: see
-        `SideNet.forward`."""
+        """`forward` from the backbone's states on: training over cached states starts here.
+
+        Args:
+            mask: as in `forward`; padding on the left only where `states` were encoded with positions that say so.
+            shares: see `SideNet.forward`.
+
+        Raises:
+            ValueError: targets, or a mask, that do not fit the states (values are read on the CPU alone).
+        """
         if targets is not None and targets.shape != (states.key.shape[0], states.key.shape[2]):
             wanted = (states.key.shape[0], states.key.shape[2])
             raise ValueError(f"LongMem: targets must have the shape of tokens, {wanted}, got {tuple(targets.shape)}")
+        unaware = states.positions is None or states.positions.key_mask is None
+        if mask is not None and unaware and mask.device.type == "cpu" and bool((mask.any(1) & ~mask[:, 0]).any()):
+            raise ValueError(
+                "LongMem: mask has padding on the left, but the states were encoded as if tokens stood there; pass"
+                " tokens and mask to forward, or positions to Backbone.encode"
+            )
         logits = self.logits(self.sidenet(states, memory, shares=shares))
         loss = None
         if targets is not None:

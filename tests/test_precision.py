@@ -123,6 +123,9 @@ def test_a_run_trained_in_one_format_generates_and_evaluates_in_every_other(tmp_
             theirs = MemoryBank.load(folder / "memory", again.fingerprint)
             outputs.append(again(ids, theirs, write=False).logits.double())
             assert len(list(again.generate(ids, theirs, max_new_tokens=7))) == 7
+        other = loaded[torch.float16 if trained == torch.float32 else torch.float32]
+        with pytest.raises(ValueError, match="backbone: the same, in another format"):
+            Trainer(other, stream, encode_now(other), config, folder)
         for output in outputs:
             torch.testing.assert_close(output, outputs[-1], atol=0.05, rtol=0.05)
 

@@ -191,6 +191,16 @@ def test_other_masks_are_refused_in_words(mask: Any, message: str) -> None:
     assert memory.ring.cursor.tolist() == [0, 0]
 
 
+def test_states_that_know_nothing_of_padding_on_the_left_are_refused_with_it() -> None:
+    model, ids = tiny_longmem(), tokens(2, 12)
+    states = model.backbone.encode(ids, model.config.memory_layers, model.sidenet.depths)
+    mask = torch.arange(12) >= torch.tensor([[0], [4]])
+    with pytest.raises(ValueError, match="padding on the left, but the states were encoded as if"):
+        model.read_states(states, model.new_memory(2), mask=mask)
+    model.read_states(states, model.new_memory(2), mask=mask.flip(1))
+    model.read_states(states, model.new_memory(2), mask=mask & torch.tensor([[False], [False]]))
+
+
 def test_rows_are_written_without_touching_the_others() -> None:
     memory = MemoryBank(rows=3, kv_heads=1, head_dim=4, tokens=16, chunk_size=4)
     key, value = torch.randn(2, 1, 6, 4), torch.randn(2, 1, 6, 4)
