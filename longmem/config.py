@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -13,7 +15,14 @@ Scope = Literal["row", "shared"]
 Precision = Literal["auto", "float32", "bfloat16"]
 SpecialTokens = Literal["auto", "none"]
 
-SIDENETS: tuple[str, ...] = get_args(SideNetKind)
+# What `LongMemConfig` takes, by field.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "sidenet": get_args(SideNetKind),
+    "trainable": get_args(Trainable),
+    "fusion": get_args(Fusion),
+    "scope": get_args(Scope),
+    "special_tokens": get_args(SpecialTokens),
+}
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
@@ -33,13 +42,16 @@ class LongMemConfig:
             too.
         fusion: "joint" or "gated", see `memory_attention`.
         gate_start: initial gate logit per head, for "gated".
-        chunk_size: C, tokens per chunk.
-        chunks_per_query: K, chunks retrieved per token and head.
-        memory_tokens: capacity of a row's memory.
+        chunk_size: C, tokens per chunk, 1 to 64.
+        chunks_per_query: K, chunks retrieved per token and head, 1 to 64.
+        memory_tokens: capacity of a row's memory, a multiple of `chunk_size`.
         segment: T, tokens encoded at once; also the local context.
         scope: "row" or "shared", see `MemoryBank`.
         special_tokens: "auto": texts begin with the special tokens that the backbone's tokenizer puts there. "none":
             without.
+
+    Raises:
+        ValueError: naming every field whose value is of another type or out of range, what was wanted and what came.
     """
 
     memory_layers: tuple[int, ...]
@@ -56,55 +68,101 @@ class LongMemConfig:
     special_tokens: SpecialTokens = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "memory_layers", tuple(self.memory_layers))  # JSON has lists
+        wrong = [*self._wrong_layers(), *self._wrong_choices(), *self._wrong_numbers()]
+        if wrong:
+            raise ValueError("LongMemConfig: " + "; ".join(wrong))
+        # As JSON gives it back, whatever kind of integers came.
+        plain: dict[str, Any] = {"memory_layers": tuple(int(layer) for layer in self.memory_layers)}
+        plain |= {"gate_start": float(self.gate_start)} | {name: int(getattr(self, name)) for name in _most()}
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    def _wrong_layers(self) -> list[str]:
+        layers: Any = self.memory_layers
+        if not isinstance(layers, (tuple, list, range)) or not all(_is_integer(layer) for layer in layers):
+            example = f", as in ({layers},)" if _is_integer(layers) else ""
+            return [f"memory_layers must be a tuple of integers{example}, got {layers!r}"]
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+            return [f"memory_layers must be at least one layer, from 0 up, ascending, got {tuple(layers)}"]
+        return []
+
+    def _wrong_choices(self) -> list[str]:
+        return [
+            f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+            for name, allowed in CHOICES.items()
+            if getattr(self, name) not in allowed
+        ]
+
+    def _wrong_numbers(self) -> list[str]:
+        wrong = []
+        for name, most in _most().items():
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 1 or (most is not None and value > most):
+                wanted = "at least 1" if most is None else f"from 1 to {most}"
+                wrong.append(f"{name} must be an integer, {wanted}, got {value!r}")
+        # Kernels count chunks in 32 bits.
+        if not wrong and (self.memory_tokens % self.chunk_size or self.memory_tokens // self.chunk_size >= 2**31):
+            wrong.append(
+                f"memory_tokens must be a multiple of chunk_size = {self.chunk_size}, of less than 2^31 chunks, got"
+                f" {self.memory_tokens}"
+            )
+        gate: Any = self.gate_start
+        if not isinstance(gate, numbers.Real) or isinstance(gate, bool) or not math.isfinite(gate):
+            wrong.append(f"gate_start must be a finite number, got {gate!r}")
+        return wrong
 
     def check(self, layers: int, max_segment: int | None = None) -> None:
-        """Raises ValueError when a value is out of range for a backbone of `layers` layers, whose positions reach
-        `max_segment`."""
+        """Raises ValueError when it does not fit a backbone of `layers` layers, whose positions reach `max_segment`."""
         wrong = []
-        ascending = list(self.memory_layers) == sorted(set(self.memory_layers))
-        if not self.memory_layers or not ascending or self.memory_layers[0] < 0 or self.memory_layers[-1] >= layers:
+        if self.memory_layers[-1] >= layers:
             wrong.append(
                 f"memory_layers must be at least one layer in [0, {layers}), ascending, got {self.memory_layers}"
             )
-        if self.sidenet not in SIDENETS:
-            wrong.append(f"sidenet must be one of {', '.join(SIDENETS)}, got {self.sidenet!r}")
-        if self.sidenet != "none" and not 1 <= self.reduction <= layers:
+        if self.sidenet != "none" and self.reduction > layers:
             wrong.append(f"reduction must lie in [1, {layers}], got {self.reduction}")
-        elif self.sidenet != "none" and self.memory_layers:
+        elif self.sidenet != "none":
             places = [layer // self.reduction for layer in self.memory_layers]
             if places[-1] >= layers // self.reduction:
                 wrong.append(f"memory layer {self.memory_layers[-1]} lies above the last SideNet layer")
             if len(set(places)) < len(places):
                 wrong.append(
-                    f"memory_layers {self.memory_layers} must fall into different SideNet layers (f = {self.reduction})"
+                    f"memory_layers {self.memory_layers} must fall into different SideNet layers (reduction ="
+                    f" {self.reduction}); default_memory_layers(backbone, {self.sidenet!r}, {self.reduction}) do"
                 )
-        if self.trainable not in ("read", "all"):
-            wrong.append(f"trainable must be read or all, got {self.trainable!r}")
         if self.sidenet == "none" and self.trainable == "all":
             wrong.append('trainable="all" needs a SideNet: without one there is nothing but the read')
-        if self.fusion not in ("joint", "gated"):
-            wrong.append(f"fusion must be joint or gated, got {self.fusion!r}")
-        if self.special_tokens not in ("auto", "none"):
-            wrong.append(f"special_tokens must be auto or none, got {self.special_tokens!r}")
-        for name in ("chunk_size", "chunks_per_query", "segment"):
-            if getattr(self, name) < 1:
-                wrong.append(f"{name} must be at least 1, got {getattr(self, name)}")
         if max_segment is not None and self.segment > max_segment:
             wrong.append(f"segment must be at most {max_segment}, the backbone's positions, got {self.segment}")
-        if self.chunk_size >= 1 and (self.memory_tokens < 1 or self.memory_tokens % self.chunk_size):
-            wrong.append(f"memory_tokens must be a positive multiple of chunk_size, got {self.memory_tokens}")
         if wrong:
             raise ValueError("LongMemConfig: " + "; ".join(wrong))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"memory_layers": list(self.memory_layers)}  # as JSON gives it back
+        return asdict(self) | {"memory_layers": list(self.memory_layers)}  # JSON has lists
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LongMemConfig:
-        """Raises ValueError naming fields that are missing, unknown or of another type."""
-        from .files import check_fields, fields_of  # here: the command line's help answers without PyTorch
+        """Raises ValueError naming fields that are missing, unknown here, of another type or out of range."""
+        from .files import check_fields  # here: the command line's help answers without PyTorch
 
-        wanted, optional = fields_of(cls)
-        checked = check_fields("LongMemConfig", values, wanted, optional=optional)
+        wanted = dict.fromkeys(cls.__dataclass_fields__, Any)
+        checked = check_fields("LongMemConfig", values, wanted, optional=wanted.keys() - {"memory_layers"})
         return cls(**({"special_tokens": "none"} | checked))  # saved without it: trained before there were any
+
+
+def sidenet_source(sidenet: str, reduction: int, place: int) -> int:
+    """The backbone layer that layer `place` of a SideNet copies."""
+    return reduction * place + (0 if sidenet == "exact" else reduction - 1)
+
+
+def _most() -> dict[str, int | None]:
+    """The integers of `LongMemConfig`, and the most that a kernel takes of each; the least is 1."""
+    # Here: the command line's help answers without PyTorch.
+    from longmem_kernels.chunk_topk.api import MAX_K
+    from longmem_kernels.ring import MAX_CHUNK_SIZE
+
+    limits: dict[str, int | None] = {"chunk_size": MAX_CHUNK_SIZE, "chunks_per_query": MAX_K}
+    return dict.fromkeys(("reduction", "segment", "memory_tokens")) | limits
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -199,7 +199,7 @@ def announce(model: LongMem, precision: str) -> None:
     note(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; kernels: {kernels}")
     note(
         f"backbone {model.backbone.name}: {total:,} frozen parameters; {trainable:,} trained"
-        f" ({trainable / total:.2%}); matrix products in {resolve_precision(precision, device)}"
+        f" ({trainable / total:.2%}); matrix products in {resolve_precision(precision, device, model.backbone.dtype)}"
     )
 
 
@@ -245,19 +245,18 @@ def remember_with_bar(model: LongMem, documents: Sequence[torch.Tensor], memory:
 
     What the end of the texts would overwrite is not read at all.
     """
-    total, capacity, segment = sum(map(len, documents)), model.config.memory_tokens, model.config.segment
-    unread, pieces = max(0, total - capacity), []
+    backbone, capacity, total = model.backbone, model.config.memory_tokens, sum(map(len, documents))
+    after, read = total, []
     for document in documents:
-        # Segments stay as they would be: each is encoded alone.
-        begin = min(unread, len(document)) // segment * segment
-        unread -= min(unread, len(document))
-        pieces += document[None, begin:].split(segment, 1)
-    total_read = sum(piece.shape[1] for piece in pieces)
-    with tqdm(total=total_read, desc="remember", unit="tok", unit_scale=True, disable=not pieces) as bar:
-        for piece in pieces:
-            with autocast("auto", model.backbone.device):
-                model.remember(piece.long().to(model.backbone.device), memory)
-            bar.update(piece.shape[1])
+        after -= len(document)
+        if after < capacity:
+            read.append(document)
+    with (
+        tqdm(total=sum(map(len, read)), desc="remember", unit="tok", unit_scale=True, disable=not read) as bar,
+        autocast("auto", backbone.device, backbone.dtype),
+    ):
+        for document in read:
+            model.remember(document[None].long().to(backbone.device), memory, progress=bar.update)
     stats = memory.stats()
     if total > capacity:
         note(

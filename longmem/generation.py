@@ -48,20 +48,14 @@ class SegmentDecoder:
         # Later segments see earlier ones through memory alone, and what they write there does not depend on what they
         # read: all but a row's last one need no more than the encoder, up to the memory layer.
         whole = [(length - 1) // segment for length in lengths]
-        if self.memory is not None:
-            self._remember(self.memory, tokens, lengths, whole)
+        if self.memory is not None and any(whole):
+            before = torch.tensor([n - length for length in lengths], device=tokens.device)[:, None]
+            stop = before + segment * torch.tensor(whole, device=tokens.device)[:, None]
+            columns = torch.arange(n, device=tokens.device)
+            self.model.remember(tokens, self.memory, (before <= columns) & (columns < stop))
         rest = [length - segment * count for length, count in zip(lengths, whole, strict=True)]
         self.cache.starts = [max(rest) - length for length in rest]
         return self.feed(tokens[:, n - max(rest) :])
-
-    def _remember(self, memory: MemoryBank, tokens: Tensor, lengths: list[int], whole: list[int]) -> None:
-        """Write each row's first `whole` segments to memory."""
-        n, segment = tokens.shape[1], self.model.config.segment
-        for index in range(max(whole)):
-            rows = [row for row, count in enumerate(whole) if index < count]
-            places = [n - lengths[row] + index * segment for row in rows]
-            pieces = [tokens[row, at : at + segment] for row, at in zip(rows, places, strict=True)]
-            self.model.remember(torch.stack(pieces), memory, rows=rows)
 
     def feed(self, tokens: Tensor, finished: Collection[int] = ()) -> Tensor:
         """Go on with tokens [B, n], n >= 1; what `finished` rows are given is forgotten, and never written.

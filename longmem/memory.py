@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,13 @@ from torch import Tensor
 from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
 from longmem_kernels.ring import MAX_CURSOR
 
-from .files import Whole, check_tensors, load_tensors, naming, save_tensors, show
+from .backbones.fingerprint import difference
+from .config import CHOICES
+from .files import Whole, check_tensors, load_tensors, naming, save_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-SCOPES = ("row", "shared")
 KIND = "longmem memory"
 _SIZE = Whole(1, 2**31 - 1)
 HEADER = {"fingerprint": str, "scope": str, "rows": _SIZE, "layers": _SIZE, "tokens": Whole(1), "chunk_size": _SIZE}
@@ -34,7 +36,7 @@ class MemoryBank:
 
     Not a module and not a parameter: it is the state of a walk through documents, passed to the model at every step.
     A write takes effect when the memory is next used: until then the backward pass of the read before it, which gathers
-    the chunks again, still finds what the forward pass found.
+    the chunks again, still finds what the forward pass found. A backward pass that comes later is refused.
 
     Args:
         rows: B, the batch rows it serves.
@@ -45,7 +47,7 @@ class MemoryBank:
         scope: "row": each row remembers its own documents alone. "shared": all rows write and search one ring, as the
             official code does.
         dtype, device: of the stored keys and values; float8_e4m3fn keeps a scale with each chunk (`Ring`).
-        fingerprint: which backbone and layer the content comes from (`LongMem.fingerprint`).
+        fingerprint: which backbone and layers the content comes from (`LongMem.fingerprint`).
 
     Raises:
         ValueError: a capacity that is not a multiple of the chunk size, an unknown scope, a size below 1.
@@ -65,8 +67,14 @@ class MemoryBank:
         device: torch.device | str = "cpu",
         fingerprint: str = "",
     ) -> None:
-        if scope not in SCOPES:
-            raise ValueError(f"MemoryBank: scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+        if scope not in CHOICES["scope"]:
+            raise ValueError(f"MemoryBank: scope must be one of {', '.join(CHOICES['scope'])}, got {scope!r}")
+        sizes = (rows, layers, tokens, chunk_size, kv_heads, head_dim)
+        if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+            raise ValueError(
+                "MemoryBank: wanted integers for rows, layers, tokens, chunk_size, kv_heads and head_dim, got"
+                f" {', '.join(map(repr, sizes))}"
+            )
         if rows < 1 or layers < 1 or chunk_size < 1 or tokens < chunk_size or tokens % chunk_size:
             raise ValueError(
                 "MemoryBank: wanted rows >= 1, layers >= 1 and tokens a positive multiple of chunk_size, got"
@@ -82,17 +90,21 @@ class MemoryBank:
             dtype=dtype,
             device=device,
         )
-        self._pending: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._pending: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
         self._last_ids: dict[int, Tensor] = {}
 
     @property
     def ring(self) -> Ring:
         """The memory's content, up to date."""
-        if self._pending is not None:
-            key, value, mask = self._pending
-            self._pending = None
-            ring_write(self._ring, key, value, mask=mask)
+        self._flush()
         return self._ring
+
+    def _flush(self) -> None:
+        """Do the write that waits."""
+        if self._pending is not None:
+            key, value, mask, ring_index = self._pending
+            self._pending = None
+            ring_write(self._ring, key, value, mask=mask, ring_index=ring_index)
 
     def __repr__(self) -> str:
         ring = self._ring
@@ -124,18 +136,40 @@ class MemoryBank:
             raise ValueError('MemoryBank.reset: with scope="shared" all rows are one memory; reset all or none')
         return bool(rows.all())
 
-    def write(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
+    def write(self, key: Tensor, value: Tensor, mask: Tensor | None = None, rows: Sequence[int] | None = None) -> None:
         """Append key, value [B, L * G, T, D], layer by layer; tokens where `mask` [B, T] bool is False are left out.
+
+        Args:
+            rows: the rows that the B rows given belong to; the others stay as they are. Default: all, in order.
 
         Raises:
             ValueError: an argument does not fit, said now although the write takes effect later.
         """
-        self._check_write(key, value, mask)
-        _ = self.ring  # an earlier write comes first
-        self._pending = (key.detach(), value.detach(), mask)
+        self._check_write(key, value, mask, rows)
+        self._flush()  # an earlier write comes first
+        key, value = alike(key.detach(), value.detach())
+        self._pending = (key, value, mask, self._rings_of(rows))
 
-    def _check_write(self, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-        wanted = (self.rows, self._ring.kv_heads, key.shape[-2], self._ring.head_dim)
+    def _rings_of(self, rows: Sequence[int] | None) -> Tensor | None:
+        """int32, the rings that rows write; None where that is each its own, or the only one."""
+        if rows is None or self.scope == "shared" or list(rows) == list(range(self.rows)):
+            return None
+        return torch.tensor(list(rows), dtype=torch.int32, device=self._ring.store.device)
+
+    def skip(self, tokens: Sequence[int]) -> None:
+        """Count tokens as written, so many for each ring, that later writes are known to overwrite.
+
+        What the rings hold makes no sense until that has happened: until as many more tokens as a ring holds are
+        written, from the next chunk's beginning on.
+        """
+        self._flush()
+        self._ring.cursor.add_(torch.tensor(list(tokens), device=self._ring.cursor.device))
+
+    def _check_write(self, key: Tensor, value: Tensor, mask: Tensor | None, rows: Sequence[int] | None) -> None:
+        if rows is not None and (len(set(rows)) != len(rows) or not set(rows) <= set(range(self.rows))):
+            raise ValueError(f"MemoryBank.write: rows must be different ones of 0 to {self.rows - 1}, got {list(rows)}")
+        count = self.rows if rows is None else len(rows)
+        wanted = (count, self._ring.kv_heads, key.shape[-2], self._ring.head_dim)
         if key.shape != wanted or value.shape != wanted:
             raise ValueError(
                 "MemoryBank.write: key and value must be [B, L * G, T, D] ="
@@ -146,9 +180,9 @@ class MemoryBank:
                 f"MemoryBank.write: key and value must be on {self._ring.store.device}, got {key.device} and"
                 f" {value.device}"
             )
-        if mask is not None and (mask.shape != (self.rows, key.shape[2]) or mask.dtype != torch.bool):
+        if mask is not None and (mask.shape != (count, key.shape[2]) or mask.dtype != torch.bool):
             raise ValueError(
-                f"MemoryBank.write: mask must be bool of shape {(self.rows, key.shape[2])}, got {mask.dtype}"
+                f"MemoryBank.write: mask must be bool of shape {(count, key.shape[2])}, got {mask.dtype}"
                 f" {tuple(mask.shape)}"
             )
 
@@ -168,9 +202,12 @@ class MemoryBank:
         """`memory_attention` over memory layer `layer`."""
         ring, heads = self.ring, self._heads(layer)
         scale = None if ring.scale is None else ring.scale[:, heads]
-        return memory_attention(
+        found = memory_attention(
             query, key, value, ring.key[:, heads], ring.value[:, heads], chunk_ids, memory_scale=scale, **options
         )
+        if isinstance(found, tuple):
+            return tuple(_in_time(part, ring) for part in found)
+        return _in_time(found, ring)
 
     def _heads(self, layer: int) -> slice:
         if not 0 <= layer < self.layers:
@@ -184,8 +221,7 @@ class MemoryBank:
         fill: share of the capacity in use. tokens: tokens searchable per ring, on average. Of the last retrieval:
         full_k: share of queries that found all k chunks; age: mean age of the chunks found, in tokens.
         """
-        _ = self.ring
-        cursor, chunks = self._progress()
+        cursor, chunks = self.progress()
         size = self._ring.chunk_size
         count = (cursor // size).clamp(max=chunks).double()
         stats = {"fill": float(count.mean() / chunks), "tokens": float(count.mean() * size)}
@@ -199,8 +235,9 @@ class MemoryBank:
         stats["age"] = float(age.double().mean() * size) if age.numel() else 0.0
         return stats
 
-    def _progress(self) -> tuple[Tensor, int]:
+    def progress(self) -> tuple[Tensor, int]:
         """Tokens ever written to the rings that these rows use, int64, and the chunks that one holds."""
+        self._flush()
         return self._ring.cursor, self._ring.chunks
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -244,7 +281,7 @@ class MemoryBank:
 
         Raises:
             ValueError: the file is no memory, is damaged (tensors and header do not fit each other, a cursor or a scale
-                makes no sense), or was made by another backbone or layer than `fingerprint` says.
+                makes no sense), or was made by another backbone or for other layers than `fingerprint` says.
         """
         state, about = load_tensors(path, KIND, device, HEADER)
         cls._check_fingerprint(path, about, fingerprint)
@@ -285,11 +322,8 @@ class MemoryBank:
 
     @staticmethod
     def _check_fingerprint(path: str | Path, about: dict[str, Any], fingerprint: str) -> None:
-        if about["fingerprint"] != fingerprint:
-            raise ValueError(
-                f"MemoryBank.load: {path} was written by another model: its backbone and layer are"
-                f" {show(about['fingerprint'])}, wanted {show(fingerprint)}"
-            )
+        if reason := difference(about["fingerprint"], fingerprint):
+            raise ValueError(f"MemoryBank.load: {path} was written by another model: {reason}")
 
 
 def check_values(state: dict[str, Tensor]) -> None:
@@ -305,3 +339,36 @@ def check_values(state: dict[str, Tensor]) -> None:
             f"MemoryBank: scale must be finite and not negative, got {wrong} that are not (the file is damaged, or the"
             " model's keys or values were not finite)"
         )
+
+
+def alike(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their formats: under autocast a norm of the keys leaves them wider than the values."""
+    dtype = torch.promote_types(key.dtype, value.dtype)
+    return key.to(dtype), value.to(dtype)
+
+
+class _InTime(torch.autograd.Function):
+    """Identity, whose backward pass refuses when the ring has changed since the forward pass: the gradient of a read
+    gathers its chunks again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ring: Ring) -> Tensor:
+        ctx.ring, ctx.version = ring, ring.store._version
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.ring.store._version != ctx.version:
+            raise RuntimeError(
+                "MemoryBank: this backward pass comes too late: the memory that its forward pass read has been written"
+                " since. Call backward() before the memory is used again (by the next forward, remember or generate),"
+                " or give what comes in between a memory of its own"
+            )
+        return grad, None
+
+
+def _in_time(x: Tensor, ring: Ring) -> Tensor:
+    if not x.requires_grad:
+        return x
+    checked: Tensor = _InTime.apply(x, ring)
+    return checked

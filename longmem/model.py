@@ -13,12 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones.base import Backbone, States
+from .backbones.fingerprint import difference
+from .backbones.layers import Positions
 from .backbones.load import find_backbone, load_backbone, place_of
 from .config import LongMemConfig
 from .data.stream import IGNORE
 from .files import check_tensors, load_tensors, naming, save_tensors, save_text, short, show
 from .generation import Sampler, Stop, decode
 from .memory import MemoryBank
+from .padding import check_mask, token_spans
+from .precision import multiply_as
+from .remember import remember
 from .sharded import ShardedMemoryBank
 from .sidenet import SideNet
 
@@ -43,12 +48,23 @@ class LongMem(nn.Module):
     >>> for tokens, targets in segments:  # consecutive segments of one document
     ...     model(tokens, memory, targets=targets).loss.backward()
 
+    The backbone may be in float32, bfloat16, float16 or float64, and be used under `torch.autocast` or not. What trains
+    is in float32 at least, and multiplies in the backbone's format.
+
     Raises:
         ValueError: the configuration does not fit the backbone.
+        TypeError: `backbone` is no Backbone.
     """
 
     def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
         super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise TypeError(
+                f"LongMem: backbone must be a Backbone, got {type(backbone).__name__}; a transformers model becomes one"
+                " by huggingface_backbone(model)"
+            )
+        if not isinstance(config, LongMemConfig):
+            raise TypeError(f"LongMem: config must be a LongMemConfig, got {type(config).__name__}")
         config.check(len(backbone.layers), backbone.max_segment)
         self.backbone, self.config = backbone, config
         self.sidenet = SideNet(backbone, config)
@@ -67,24 +83,32 @@ class LongMem(nn.Module):
     ) -> Output:
         """One segment per row: encode, read memory, predict, then write the segment to memory.
 
-        Call `backward` before the next forward with the same memory: gradients are computed from the memory as it was
-        read, and PyTorch raises where it has changed since.
+        Call `backward` before the memory is used again: gradients are computed from the memory as it was read, and a
+        backward pass after it has changed raises RuntimeError.
 
         Args:
             tokens: [B, T] int64, T at most `config.segment`.
             memory: the rows' memory, read and then changed in place; None for local context alone.
             targets: [B, T] int64, the next tokens; -100 is ignored.
             new_document: [B] bool, rows whose memory is emptied first.
-            mask: [B, T] bool, False keeps a token (padding) out of memory.
+            mask: [B, T] bool, False at padding, left or right of a row's tokens: it is not seen and not written. What
+                the logits say there means nothing.
             write: whether the segment is written to memory.
 
         Raises:
-            ValueError: tokens that do not fit the model, or a memory that was made by another one.
+            ValueError: tokens or a mask that do not fit the model, or a memory that was made by another one.
         """
         self._check(tokens, memory)
+        positions = None
+        if mask is not None:
+            check_mask("LongMem", mask, tokens)
+            starts, _ = token_spans("LongMem", mask)
+            tokens = tokens.masked_fill(~mask, 0)
+            positions = Positions.in_columns(starts, 0, tokens.shape[1], tokens.device)
+        self.backbone.check_tokens(tokens)
         if memory is not None and new_document is not None:
             memory.reset(new_document)
-        states = self.backbone.encode(tokens, self.config.memory_layers, self.sidenet.depths)
+        states = self.backbone.encode(tokens, self.config.memory_layers, self.sidenet.depths, positions=positions)
         return self.read_states(states, memory, targets=targets, mask=mask, write=write)
 
     def read_states(
@@ -97,11 +121,24 @@ class LongMem(nn.Module):
         write: bool = True,
         shares: list[Tensor] | None = None,
     ) -> Output:
-        """`forward` from the backbone's states on: training over cached states starts here. `shares`: see
-        `SideNet.forward`."""
+        """`forward` from the backbone's states on: training over cached states starts here.
+
+        Args:
+            mask: as in `forward`; padding on the left only where `states` were encoded with positions that say so.
+            shares: see `SideNet.forward`.
+
+        Raises:
+            ValueError: targets, or a mask, that do not fit the states (values are read on the CPU alone).
+        """
         if targets is not None and targets.shape != (states.key.shape[0], states.key.shape[2]):
             wanted = (states.key.shape[0], states.key.shape[2])
             raise ValueError(f"LongMem: targets must have the shape of tokens, {wanted}, got {tuple(targets.shape)}")
+        unaware = states.positions is None or states.positions.key_mask is None
+        if mask is not None and unaware and mask.device.type == "cpu" and bool((mask.any(1) & ~mask[:, 0]).any()):
+            raise ValueError(
+                "LongMem: mask has padding on the left, but the states were encoded as if tokens stood there; pass"
+                " tokens and mask to forward, or positions to Backbone.encode"
+            )
         logits = self.logits(self.sidenet(states, memory, shares=shares))
         loss = None
         if targets is not None:
@@ -116,45 +153,65 @@ class LongMem(nn.Module):
         return Output(logits, loss)
 
     def remember(
-        self, tokens: Tensor, memory: MemoryBank, mask: Tensor | None = None, rows: Sequence[int] | None = None
-    ) -> None:
+        self,
+        tokens: Tensor,
+        memory: MemoryBank,
+        mask: Tensor | None = None,
+        rows: Sequence[int] | None = None,
+        *,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[int]:
         """Write tokens [R, n] of any length to memory, segment by segment, without predicting anything.
 
+        Segments that later ones will overwrite are not encoded; the memory is what encoding them would leave.
+
         Args:
-            mask: [R, n] bool, False at padding, which must be on the right; it is not written.
+            mask: [R, n] bool, False at padding, left or right of a row's tokens: it is not written, and each row's
+                segments begin with its first token.
             rows: the R rows of memory that they belong to, the others stay as they are; default all, in order.
+            progress: told the number of tokens that were just written, or found not to be worth it.
+
+        Returns:
+            of each row, how many of its tokens the memory now holds: all of them, unless they are more than fit.
 
         Raises:
-            ValueError: tokens, mask or rows that do not fit the model, `memory` or each other.
+            ValueError: tokens, mask or rows that do not fit the model, `memory` or each other; nothing is written.
         """
-        segment = self.config.segment
-        if tokens.dim() != 2 or (mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool)):
-            got = "" if mask is None else f" and {mask.dtype} {tuple(mask.shape)}"
-            raise ValueError(f"remember: wanted tokens [R, n] and mask bool [R, n], got {tuple(tokens.shape)}{got}")
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+            got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"remember: wanted tokens [R, n], got {got}")
         if rows is not None and (len(set(rows)) != len(rows) or not set(rows) <= set(range(memory.rows))):
             raise ValueError(f"remember: rows must be different ones of 0 to {memory.rows - 1}, got {list(rows)}")
-        some = rows if rows is not None and list(rows) != list(range(memory.rows)) else None
-        if mask is None and some is not None:
-            mask = torch.ones_like(tokens, dtype=torch.bool)
-        masks = [None] * -(-tokens.shape[1] // segment) if mask is None else mask.split(segment, 1)
-        for piece, kept in zip(tokens.split(segment, 1), masks, strict=True):
-            self._check(piece, memory, None if some is None else len(some))
-            states = self.backbone.encode(piece, self.config.memory_layers, ())
-            key, value = states.key, states.value
-            if some is not None:
-                key, value, kept = (_among(part, some, memory.rows) for part in (key, value, kept))
-            memory.write(key, value, kept)
+        self._check(tokens[:, : self.config.segment], memory, None if rows is None else len(rows))
+        if mask is not None:
+            check_mask("remember", mask, tokens)
+        # All of them before any is written.
+        if tokens.shape[1]:
+            self.backbone.check_tokens(tokens if mask is None else tokens.masked_fill(~mask, 0))
+        return remember(self, tokens, memory, mask, rows, progress)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """Output of the SideNet's last layer [B, T, E] -> logits [B, T, vocabulary]."""
         if self.sidenet.norm is None:
             return self.backbone.logits(hidden)
-        return self.backbone.head(self.sidenet.norm(hidden))
+        with multiply_as(hidden):
+            return self.backbone.head(self.sidenet.norm(hidden))
 
     def new_memory(
         self, rows: int, tokens: int | None = None, dtype: torch.dtype | None = None, *, sharded: bool = False
     ) -> MemoryBank:
-        """An empty memory for `rows` batch rows; `tokens` overrides `config.memory_tokens`, `dtype` the backbone's.
-        `sharded` over all processes of torch.distributed: see `ShardedMemoryBank`."""
+        """An empty memory for `rows` batch rows.
+
+        Args:
+            tokens: capacity of a row, a multiple of `config.chunk_size`; default: `config.memory_tokens`.
+            dtype: of the stored keys and values, whatever the backbone's: float32, bfloat16, float16, float64 or
+                float8_e4m3fn, a quarter of float32 (`Ring`); default: the backbone's.
+            sharded: over all processes of torch.distributed, see `ShardedMemoryBank`.
+
+        Raises:
+            ValueError: a size that is no such number.
+            TypeError: a dtype that memory cannot be stored in.
+        """
         layer = self.backbone.layer(self.config.memory_layers[0])
         kind = ShardedMemoryBank if sharded else MemoryBank
         return kind(
@@ -162,10 +219,10 @@ class LongMem(nn.Module):
             layers=len(self.config.memory_layers),
             kv_heads=layer.kv_heads,
             head_dim=layer.head_dim,
-            tokens=tokens or self.config.memory_tokens,
+            tokens=self.config.memory_tokens if tokens is None else tokens,
             chunk_size=self.config.chunk_size,
             scope=self.config.scope,
-            dtype=dtype or self.backbone.dtype,
+            dtype=self.backbone.dtype if dtype is None else dtype,
             device=self.backbone.device,
             fingerprint=self.fingerprint,
         )
@@ -239,7 +296,7 @@ class LongMem(nn.Module):
         cls, folder: str | Path, backbone: Backbone | None = None, *, device: torch.device | str = "cpu", **changes: Any
     ) -> LongMem:
         """Load what `save_pretrained` wrote, around `backbone` or, without one, around the backbone of the name that it
-        was trained on, loaded to `device`.
+        was trained on, loaded to `device`. The backbone may be in another format than in training.
 
         Raises:
             ValueError: the folder holds no LongMem, or one that was trained on another backbone, or on one that cannot
@@ -266,10 +323,10 @@ class LongMem(nn.Module):
             config = LongMemConfig.from_dict(about["config"])
             config.check(len(backbone.layers), backbone.max_segment)
         model = cls(backbone, LongMemConfig.from_dict(config.to_dict() | changes))
-        if about["fingerprint"] != model.fingerprint:
+        if reason := difference(about["fingerprint"], model.fingerprint):
             raise ValueError(
-                f"LongMem.from_pretrained: {folder} was trained on backbone {show(about['backbone'])}"
-                f" ({show(about['fingerprint'])}), got {backbone.name!r} ({model.fingerprint})"
+                f"LongMem.from_pretrained: {folder} was trained on backbone {show(about['backbone'])}, got"
+                f" {backbone.name!r}: {reason}"
             )
         check_tensors(f"{_KIND}: {file}", weights, model.trainable(), any_float=True)
         model.sidenet.load_state_dict(weights, strict=False)
@@ -282,18 +339,8 @@ class LongMem(nn.Module):
             )
         if memory is None:
             return
-        if memory.fingerprint != self.fingerprint:
-            raise ValueError(
-                f"LongMem: the memory was made by another model ({memory.fingerprint or 'unnamed'}), this one is"
-                f" {self.fingerprint}"
-            )
+        if reason := difference(memory.fingerprint, self.fingerprint):
+            raise ValueError(f"LongMem: the memory was made by another model: {reason}")
         if tokens.shape[0] != (memory.rows if rows is None else rows):
             wanted = f"the memory's {memory.rows}" if rows is None else f"the {rows} named"
             raise ValueError(f"LongMem: tokens must have {wanted} rows, got {tuple(tokens.shape)}")
-
-
-def _among(part: Tensor, rows: Sequence[int], count: int) -> Tensor:
-    """[R, ...] -> [count, ...], with `part` at `rows` and zeros elsewhere."""
-    spread = part.new_zeros(count, *part.shape[1:])
-    spread[list(rows)] = part
-    return spread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from longmem_kernels.memory_attention.reference import memory_share
 
 from .collectives import Ranks
 from .files import Whole, check_tensors, load_tensors, naming
-from .memory import HEADER, KIND, MemoryBank, check_values
+from .memory import HEADER, KIND, MemoryBank, alike, check_values
 
 _OF_A_PART = {"world": Whole(1, 2**31 - 1), "replicated": bool}
 
@@ -65,7 +66,7 @@ class ShardedMemoryBank(MemoryBank):
         self._written = torch.zeros_like(self._ring.cursor)  # per ring, over all ranks
 
     def __repr__(self) -> str:
-        chunks, size, ranks = self._progress()[1], self._ring.chunk_size, self.ranks
+        chunks, size, ranks = self.progress()[1], self._ring.chunk_size, self.ranks
         return (
             f"ShardedMemoryBank(rows={self.rows}, scope={self.scope!r}, tokens={chunks * size}, chunk_size={size},"
             f" rank={ranks.rank}, world={ranks.world}, replicated={ranks.replicated})"
@@ -88,14 +89,25 @@ class ShardedMemoryBank(MemoryBank):
             self.ring.reset(everyone)
             self._written.masked_fill_(everyone, 0)
 
-    def write(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
-        """As `MemoryBank.write`; of all ranks' tokens each keeps those of its chunks."""
-        self._check_write(key, value, mask)
+    def write(self, key: Tensor, value: Tensor, mask: Tensor | None = None, rows: Sequence[int] | None = None) -> None:
+        """As `MemoryBank.write`; of all ranks' tokens each keeps those of its chunks.
+
+        Raises:
+            ValueError: as there, or for some of the rows alone: other ranks might write others.
+        """
+        if rows is not None and list(rows) != list(range(self.rows)):
+            raise ValueError("ShardedMemoryBank.write: rows must be all; leave tokens of others out with mask")
+        self._check_write(key, value, mask, rows)
         if mask is None:
             mask = torch.ones(self.rows, key.shape[2], dtype=torch.bool, device=key.device)
+        key, value = alike(key, value)
         key, value, mask = (self.ranks.gather(x.detach()) for x in (key, value, mask))
-        _ = self.ring  # an earlier write comes first
-        self._pending = (key, value, mask & self._is_mine(mask))
+        self._flush()  # an earlier write comes first
+        self._pending = (key, value, mask & self._is_mine(mask), None)
+
+    def skip(self, tokens: Sequence[int]) -> None:
+        """Raises ValueError: what each rank's rings skip depends on what the others' do."""
+        raise ValueError("ShardedMemoryBank.skip: a memory over several processes cannot skip tokens")
 
     def _is_mine(self, mask: Tensor) -> Tensor:
         """Bool [N, T], which of the kept tokens of all N rows go to chunks of this rank. Counts them as written."""
@@ -163,7 +175,7 @@ class ShardedMemoryBank(MemoryBank):
         out, _, lse = super().attend(query, nothing, nothing, held, **parts)
         return merge_parts(self.ranks.give_back(out), self.ranks.give_back(lse))
 
-    def _progress(self) -> tuple[Tensor, int]:
+    def progress(self) -> tuple[Tensor, int]:
         own = slice(None)
         if self.scope == "row" and not self.ranks.replicated:
             own = slice(self.ranks.rank * self.rows, (self.ranks.rank + 1) * self.rows)
@@ -203,7 +215,7 @@ class ShardedMemoryBank(MemoryBank):
 
     def _about(self) -> dict[str, Any]:
         ranks = self.ranks
-        tokens = self._progress()[1] * self._ring.chunk_size
+        tokens = self.progress()[1] * self._ring.chunk_size
         return super()._about() | {"tokens": tokens, "world": ranks.world, "replicated": ranks.replicated}
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -12,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .backbones.base import Backbone, States
 from .backbones.layers import DecoderLayer, LayerCache, Positions, merge_heads, split_heads
-from .config import LongMemConfig
+from .config import LongMemConfig, sidenet_source
 from .memory import MemoryBank
+from .precision import multiply_as, trained_dtype
 
 
 class MemoryRead(nn.Module):
@@ -57,11 +59,11 @@ class MemoryRead(nn.Module):
     ) -> Tensor:
         """normed [B, T, E], query [B, H, T, D], key and value [B, G, S, D] -> [B, T, E]. `on_share` is told how much of
         the attention went to memory, [B, H, T]."""
-        output = layer.output if self.output is None else self.output  # the layer applies its own norm, if any, to it
         if memory is None:
-            return output(merge_heads(layer.local_attention(query, key, value, positions)))
+            return self._project(merge_heads(layer.local_attention(query, key, value, positions)), layer)
         if self.query is not None:
-            unrotated_query = split_heads(self.query(normed), layer.heads)
+            with multiply_as(normed):
+                unrotated_query = split_heads(self.query(normed), layer.heads)
             if layer.query_norm is not None:
                 unrotated_query = layer.query_norm(unrotated_query)
         unrotated_query = (unrotated_query * self.log_temperature.exp()[:, None, None]).to(query.dtype)
@@ -84,7 +86,15 @@ class MemoryRead(nn.Module):
         if on_share is not None:
             fused, share = fused
             on_share(share)
-        return output(merge_heads(fused))
+        return self._project(merge_heads(fused), layer)
+
+    def _project(self, attended: Tensor, layer: DecoderLayer) -> Tensor:
+        """[B, T, H * D] -> [B, T, E]; the layer's own norm, if any, is for the layer to apply."""
+        if self.output is None:
+            projected: Tensor = layer.output(attended)
+            return projected
+        with multiply_as(attended):
+            return self.output(attended)
 
 
 class SideNet(nn.Module):
@@ -111,10 +121,9 @@ class SideNet(nn.Module):
             layers = [backbone.layer(i) for i in range(self.first, depth)]
             places = [layer - self.first for layer in config.memory_layers]
         else:
-            source = 0 if config.sidenet == "exact" else f - 1
             skipped_from = 1 if config.sidenet == "exact" else 0
             lowest = config.memory_layers[0] // f if (config.sidenet, config.trainable) == ("exact", "read") else 0
-            layers = [backbone.layer(f * i + source) for i in range(lowest, depth // f)]
+            layers = [backbone.layer(sidenet_source(config.sidenet, f, i)) for i in range(lowest, depth // f)]
             self.jumps = [(f * i + skipped_from, f * i + f) for i in range(lowest, depth // f)]
             if config.sidenet == "exact":
                 # Layers left over when f does not divide the depth are carried by the last residual.
@@ -132,10 +141,9 @@ class SideNet(nn.Module):
         self.reads = nn.ModuleDict(
             {str(i): MemoryRead(bank, self.stack[i], config, own_projections) for bank, i in enumerate(places)}
         )
-        # The reads are what trains, and small updates vanish in low precision.
-        self.reads.requires_grad_(True).float()
-        if config.trainable == "all":
-            self.float()
+        self.reads.requires_grad_(True)
+        # What trains: small updates vanish in low precision.
+        self.to(trained_dtype(backbone.dtype))
 
     @property
     def stack(self) -> tuple[DecoderLayer, ...]:
@@ -162,13 +170,14 @@ class SideNet(nn.Module):
         on_share = None if shares is None else shares.append  # FSDP hands modules copies of lists
         x = states.hidden[self.first]
         positions = states.positions or Positions.first(x.shape[1], x.device)
-        for i, layer in enumerate(self.stack):
-            fuse = partial(self.reads[str(i)], memory, on_share=on_share) if str(i) in self.reads else None
-            if self.checkpointing and fuse is None and torch.is_grad_enabled():
-                x = checkpoint(layer, x, positions=positions, use_reentrant=False)
-            else:
-                x = layer(x, positions=positions, cache=caches[i] if caches is not None else None, fuse=fuse)
-            if self.jumps:
-                before, after = self.jumps[i]
-                x = x + (states.hidden[after] - states.hidden[before])
+        with nullcontext() if self._borrowed else multiply_as(x):
+            for i, layer in enumerate(self.stack):
+                fuse = partial(self.reads[str(i)], memory, on_share=on_share) if str(i) in self.reads else None
+                if self.checkpointing and fuse is None and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, positions=positions, use_reentrant=False)
+                else:
+                    x = layer(x, positions=positions, cache=caches[i] if caches is not None else None, fuse=fuse)
+                if self.jumps:
+                    before, after = self.jumps[i]
+                    x = x + (states.hidden[after] - states.hidden[before])
         return x

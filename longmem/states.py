@@ -61,7 +61,8 @@ class StateCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.documents, self.folder, self.rows = model, documents, Path(folder), rows
-        self.precision, self.dtype = resolve_precision(precision, model.backbone.device), dtype
+        self.precision = resolve_precision(precision, model.backbone.device, model.backbone.dtype)
+        self.dtype = dtype
         self._open: dict[int, Any] = {}
         self._before: set[int] = set()  # the documents of the call before
         self._paths: dict[int, Path] = {}
@@ -175,7 +176,7 @@ def _encode(caches: Sequence[StateCache], index: int, progress: Callable[[int], 
     whole: list[dict[str, Tensor]] = [{} for _ in caches]
     done = 0
     for piece in caches[0].pieces(index):
-        with autocast(caches[0].precision, backbone.device):
+        with autocast(caches[0].precision, backbone.device, backbone.dtype):
             states = backbone.encode(piece.to(backbone.device), layers, depths)
         for cache, mine in zip(caches, whole, strict=True):
             for name, tensor in cache.kept(states, layers).items():

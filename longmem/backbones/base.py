@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .fingerprint import FLOATS, fingerprint
 from .layers import DecoderLayer, LayerCache, Positions
 
 
@@ -46,11 +46,7 @@ class BackboneCache:
 
     def positions(self, tokens: int, device: torch.device) -> Positions:
         """Those of the next `tokens` columns."""
-        columns = torch.arange(self.length + tokens, device=device)
-        if not self.starts or not any(self.starts):
-            return Positions(columns[None, self.length :])
-        starts = torch.tensor(self.starts, device=device)[:, None]
-        return Positions((columns[self.length :] - starts).clamp(min=0), columns >= starts)
+        return Positions.in_columns(self.starts or [], self.length, self.length + tokens, device)
 
     def forget(self, tokens: int) -> None:
         """Drop the oldest columns, which no row's segment has."""
@@ -71,6 +67,8 @@ class Backbone(nn.Module):
         norm, head: [B, T, E] -> logits [B, T, vocab_size].
         positions: learned embeddings of positions in a segment, added to those of tokens.
         embed_norm: applied to their sum.
+        settings: what its modules compute beyond their weights and the wiring, such as rotary positions and activation;
+            values that JSON can hold. Part of the fingerprint.
     """
 
     def __init__(
@@ -85,8 +83,10 @@ class Backbone(nn.Module):
         hidden_size: int,
         positions: nn.Embedding | None = None,
         embed_norm: nn.Module | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.settings = dict(settings or {})
         self.name, self.vocab_size, self.hidden_size = name, vocab_size, hidden_size
         self.positions, self.embed_norm = positions, embed_norm
         self.embed, self.layers, self.norm, self.head = embed, nn.ModuleList(layers), norm, head
@@ -107,7 +107,8 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        """The format of its weights, float32 where none is of a format that models compute in."""
+        return next((weight.dtype for weight in self.parameters() if weight.dtype in FLOATS), torch.float32)
 
     @property
     def max_segment(self) -> int | None:
@@ -137,6 +138,7 @@ class Backbone(nn.Module):
         memory_layers: Sequence[int],
         depths: Collection[int],
         cache: BackboneCache | None = None,
+        positions: Positions | None = None,
     ) -> States:
         """Encode segments, no further up than asked for.
 
@@ -145,17 +147,18 @@ class Backbone(nn.Module):
             memory_layers: the layers whose keys and values are returned, ascending; none: tensors without heads.
             depths: the hidden states to return, 0 to the number of layers.
             cache: the segment so far, when `tokens` continues it.
+            positions: where the tokens stand, without a `cache`; default: they begin a segment.
 
         Raises:
             ValueError: tokens of another shape, outside the vocabulary, or more than there are positions for.
         """
-        self._check(tokens)
+        self.check_tokens(tokens)
         length = tokens.shape[1]
         if cache is not None:
             positions = cache.positions(length, tokens.device)
             longest = cache.length + length - min(cache.starts or [0])
         else:
-            positions, longest = Positions.first(length, tokens.device), length
+            positions, longest = positions or Positions.first(length, tokens.device), length
         if self.max_segment is not None and longest > self.max_segment:
             raise ValueError(
                 f"Backbone: {self.name} has positions for {self.max_segment} tokens, got a segment of {longest}"
@@ -191,16 +194,11 @@ class Backbone(nn.Module):
         return hidden
 
     def fingerprint(self) -> str:
-        """Identifies the weights, from a sample of them: memory and checkpoints made with others are refused."""
-        digest = hashlib.sha256()
-        for name, parameter in self.named_parameters():
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            sample = parameter.detach().reshape(-1)
-            sample = sample[:: max(1, sample.numel() // 64)][:64].float().cpu()
-            digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Identifies all weights and settings: see `longmem.backbones.fingerprint`."""
+        return fingerprint(self)
 
-    def _check(self, tokens: Tensor) -> None:
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raises ValueError where tokens are not int64 [B, T] of the vocabulary (values are read on the CPU alone)."""
         if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
             raise ValueError(
                 f"Backbone: tokens must be int64 [B, T] with T at least 1, got {tokens.dtype} {tuple(tokens.shape)}"

@@ -41,6 +41,7 @@ def huggingface_backbone(model: Any, name: str | None = None) -> Backbone:
         head=head,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
+        settings=_settings(config),
         **family(model.base_model, config),
     )
     backbone.generation_config = getattr(model, "generation_config", None)
@@ -48,11 +49,25 @@ def huggingface_backbone(model: Any, name: str | None = None) -> Backbone:
     return backbone
 
 
+def _settings(config: Any) -> dict[str, Any]:
+    """The part of a configuration that its modules act on and that neither weights nor wiring show."""
+    names = ("model_type", "hidden_act", "hidden_activation", "activation_function", "rope_parameters")
+    found = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    if _rope_types(config) - {"default"}:
+        # Scaling rules compare it with the length that the model was trained for first.
+        found["max_position_embeddings"] = config.max_position_embeddings
+    return found
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The rules for rotary positions that its layers follow."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {part.get("rope_type", "default") for part in (rope, *rope.values()) if isinstance(part, dict)}
+
+
 def _why_not(config: Any) -> str | None:
     """What a supported architecture can be configured to do that its wiring here does not."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {parameters.get("rope_type", "default") for parameters in (rope, *rope.values()) if _is_dict(parameters)}
-    if growing := kinds & {"dynamic", "longrope"}:
+    if growing := _rope_types(config) & {"dynamic", "longrope"}:
         return f"rope type {growing.pop()!r} changes with the length of the input"
     refused = {
         "attn_logit_softcapping": "attention scores are capped",
@@ -65,10 +80,6 @@ def _why_not(config: Any) -> str | None:
         if getattr(config, option, None):
             return f"{meaning} ({option}={getattr(config, option)!r})"
     return None
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 # Llama and what descends from it: separate projections, rotary positions.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -44,6 +45,15 @@ class Positions:
     def first(cls, length: int, device: torch.device) -> Positions:
         """Those of tokens that begin a segment."""
         return cls(torch.arange(length, device=device)[None])
+
+    @classmethod
+    def in_columns(cls, starts: Sequence[int], begin: int, end: int, device: torch.device) -> Positions:
+        """Those of the columns from `begin` to `end`, of rows that begin in the columns `starts`."""
+        columns = torch.arange(end, device=device)
+        if not any(starts):
+            return cls(columns[None, begin:])
+        first = torch.tensor(starts, device=device)[:, None]
+        return cls((columns[begin:] - first).clamp(min=0), columns >= first)
 
     def angles(self, rotary: Rotary, x: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [1 or B, 1, T, rotated dims]; a model has one way to make them per kind of layer."""

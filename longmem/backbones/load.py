@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from longmem.config import sidenet_source
+
 from .base import Backbone
 from .huggingface import huggingface_backbone
 
@@ -99,8 +101,12 @@ def find_backbone(name: str, place: Any, run: Path) -> str:
     raise ValueError(f"the backbone {name!r} of {run} is gone; tried {places}; name its new place (--backbone)")
 
 
-def default_memory_layers(backbone: Backbone) -> tuple[int, ...]:
-    """All layers from a third to five sixths of the depth: the more read memory, the more it is worth."""
+def default_memory_layers(backbone: Backbone, sidenet: str = "none", reduction: int = 2) -> tuple[int, ...]:
+    """All layers from a third to five sixths of the depth: the more read memory, the more it is worth. With a SideNet,
+    those of them that its layers are copies of: each reads the keys that its queries were made for."""
     depth = len(backbone.layers)
-    middle = range(depth // 3, max(depth * 5 // 6, depth // 3 + 1))
-    return MEASURED_MEMORY_LAYERS.get(backbone.name, tuple(middle))
+    middle = MEASURED_MEMORY_LAYERS.get(backbone.name, range(depth // 3, max(depth * 5 // 6, depth // 3 + 1)))
+    if sidenet == "none" or not 1 <= reduction <= depth:
+        return tuple(middle)
+    copied = [sidenet_source(sidenet, reduction, place) for place in range(depth // reduction)]
+    return tuple(layer for layer in copied if layer in middle) or (copied[len(copied) // 2],)

@@ -44,6 +44,7 @@ def paper_gpt(config: PaperGPTConfig) -> Backbone:
         nn.Linear(config.hidden_size, config.vocab_size),
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
+        settings={"model_type": "paper-gpt", "activation_function": "gelu_tanh"},
     )
     for module in backbone.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -75,7 +75,7 @@ def train(
     ):
         torch.manual_seed(config.seed)
         frozen, tokenizer = load_named(backbone, target)
-        layers = memory.get("memory_layers") or default_memory_layers(frozen)
+        layers = memory.get("memory_layers") or default_memory_layers(frozen, memory["sidenet"], memory["reduction"])
         model = LongMem(frozen, LongMemConfig(**memory | {"memory_layers": tuple(sorted(layers))}))
         loaded = load_documents(
             data, "train", tokenizer, min_tokens=segment + 1, cut=document_tokens, special_tokens=special_tokens

@@ -124,17 +124,18 @@ def perplexity(
         raise ValueError(f"perplexity: full_context must be at least four segments{limit}, got {full_context}")
     was_training = model.training
     model.eval()
-    dtype = memory_dtype(precision, model.backbone.device)
+    device, weights = model.backbone.device, model.backbone.dtype
+    dtype = memory_dtype(precision, device, weights)
     scores: dict[str, list[Tensor]] = {name: [] for name in CONDITIONS}
     for index in range(len(documents)):
         other = (index + 1) % len(documents)
         own_memory, other_memory, empty = (model.new_memory(1, dtype=dtype) for _ in range(3))
         for position in range(segments):
             batch = _segment(documents, index, position * segment, segment)
-            batch = batch.to(model.backbone.device)
-            with autocast(precision, model.backbone.device):
+            batch = batch.to(device)
+            with autocast(precision, device, weights):
                 found = states(batch)
-                elsewhere = states(_segment(documents, other, position * segment, segment).to(model.backbone.device))
+                elsewhere = states(_segment(documents, other, position * segment, segment).to(device))
                 if position >= first:
                     for name, memory in zip(CONDITIONS, (None, empty, own_memory, other_memory), strict=True):
                         scores[name].append(_score(model, found, memory, batch.targets, name == "backbone"))
@@ -143,7 +144,7 @@ def perplexity(
             if progress is not None:
                 progress(segment)
         if full_context is not None:
-            with autocast(precision, model.backbone.device):
+            with autocast(precision, device, weights):
                 scored = range(first * segment, segments * segment)
                 long_scores = _score_windows(model, documents[index], scored, full_context)
             scores.setdefault(LONG_CONTEXT, []).extend(long_scores)

@@ -19,6 +19,7 @@ from longmem.backbones import Backbone
 from longmem.config import LongMemConfig
 from longmem.data.stream import SegmentStream
 from longmem.model import LongMem
+from longmem.precision import HALF
 from longmem.states import StateCache, fill_together
 from longmem.training.trainer import TrainConfig, Trainer
 
@@ -148,7 +149,9 @@ def probe_layers(
 
     def caches(documents: Sequence[Tensor]) -> dict[int, StateCache]:
         folder = plan.folder / "states"
-        options: dict[str, Any] = {"precision": precision, "dtype": torch.bfloat16}
+        # A backbone in half precision has states of half the size already.
+        kept = None if backbone.dtype in HALF else torch.bfloat16
+        options: dict[str, Any] = {"precision": precision, "dtype": kept}
         found = {layer: StateCache(model, documents, folder, **options) for layer, model in models.items()}
         fill_together(list(found.values()), encoded)
         return found

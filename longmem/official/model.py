@@ -163,7 +163,7 @@ class OfficialLongMem(nn.Module):
         """What the vocabulary head takes, [B, T, E]. Arguments as in `forward`."""
         if not tokens.is_floating_point():
             tokens = tokens.long()
-        self.backbone._check(tokens)
+        self.backbone.check_tokens(tokens)
         segments = tokens.split(self.config.tokens_per_sample, 1)
         return torch.cat([self._segment(segment, memory_write) for segment in segments], 1)
 

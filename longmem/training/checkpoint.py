@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from longmem.backbones.fingerprint import difference
 from longmem.files import (
     Whole,
     check_fields,
@@ -170,13 +171,18 @@ class Checkpoints:
         refused = {name: values for name, values in found.items() if name not in self.changed}
         if not refused:
             return
-        listed = "; ".join(
-            f"{show(name)[1:-1]}: saved {show(old)}, now {show(new)}" for name, (old, new) in refused.items()
-        )
+        listed = "; ".join(_told(name, *values) for name, values in refused.items())
         remedy = "choose another folder, or remove this one's checkpoint to start anew"
         if refused.keys() <= set(self.may_change(-1)):
             remedy = f"it has made all its {about['step']} steps: with more of them it goes on, and these may change"
         raise ValueError(f"checkpoint: {path} belongs to another run ({listed}); {remedy}")
+
+
+def _told(name: str, old: Any, new: Any) -> str:
+    """One difference, in words."""
+    if name == "fingerprint":
+        return f"backbone: {difference(str(old), str(new)) or 'the same, in another format'}"
+    return f"{show(name)[1:-1]}: saved {show(old)}, now {show(new)}"
 
 
 def _types_of(about: dict[str, Any]) -> dict[str, Any]:

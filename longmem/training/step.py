@@ -56,6 +56,12 @@ class Step(nn.Module):
         return objective, Measured(output.loss.detach(), batch.mask.sum() * share.shape[1], found.sum(), total)
 
 
+def loss_scale(model: LongMem) -> float:
+    """The factor by which losses are multiplied, and gradients divided, so that small gradients survive a float16
+    backbone. A power of two: nothing is rounded by it."""
+    return 2.0**10 if model.backbone.dtype == torch.float16 else 1.0
+
+
 def usage_penalty(share: Tensor, found: Tensor, target: float) -> Tensor:
     """How far the heads' mean memory share is below `target`, in nats, on average over heads.
 

@@ -28,7 +28,7 @@ from .interruption import Interruption
 from .metrics import MetricsLog
 from .parallel import prepare
 from .processes import Processes, whole
-from .step import Measured, Step
+from .step import Measured, Step, loss_scale
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,9 @@ class Trainer:
             "processes": self.processes.count,
         }
         self.memory: MemoryBank = model.new_memory(
-            stream.rows, dtype=memory_dtype(config.precision, model.backbone.device), sharded=config.shard_memory
+            stream.rows,
+            dtype=memory_dtype(config.precision, model.backbone.device, model.backbone.dtype),
+            sharded=config.shard_memory,
         )
         self._run_step = prepare(Step(model, states, config), config)
         per_head = {id(number) for read in self._reads() for number in read.per_head()}
@@ -186,20 +188,24 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         targets = [int((batch.targets != IGNORE).sum()) for batch in segments]
         (all_targets,) = self.processes.sum([sum(targets)])
-        measured = []
+        measured, scale = [], loss_scale(self.model)
         device = self.model.backbone.device
         for i, batch in enumerate(segments):
             self._reset_memory(batch)
             # Every token counts the same, wherever it is: averaging over processes divides by their number.
             weight = targets[i] / max(all_targets, 1) * self.processes.count
             last = i == len(segments) - 1
-            with autocast(self.config.precision, device):
+            with autocast(self.config.precision, device, self.model.backbone.dtype):
                 objective, numbers = self._run_step(batch.to(device), self.memory, weight, last=last)
-            objective.backward()
+            (objective * scale).backward()
             measured.append(numbers)
         loss = sum(numbers.loss.item() * n / max(all_targets, 1) for numbers, n in zip(measured, targets, strict=True))
         (loss,) = self.processes.sum([loss])
         self._check_finite("loss", loss)
+        if scale != 1:
+            for parameter in self.model.trainable().values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
         norm = whole(nn.utils.clip_grad_norm_(self.model.trainable().values(), self.config.clip)).item()
         self._check_finite("gradient norm", norm)
         self.optimizer.step()

@@ -1,0 +1,42 @@
+"""Padding: where the tokens of each row lie between it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_mask(name: str, mask: Tensor, tokens: Tensor) -> None:
+    """Raises ValueError where `mask` is not bool of the shape of `tokens`."""
+    if not isinstance(mask, Tensor) or mask.shape != tokens.shape or mask.dtype != torch.bool:
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{name}: mask must be bool of the shape of tokens, {tuple(tokens.shape)}, got {got}")
+
+
+def token_spans(name: str, mask: Tensor) -> tuple[list[int], list[int]]:
+    """First column and number of each row's tokens in mask [B, n] bool; (0, 0) for a row that is all padding.
+
+    Raises:
+        ValueError: padding between the tokens of a row.
+    """
+    count = mask.sum(1)
+    # argmax of integers: the first of the largest.
+    first = mask.to(torch.uint8).argmax(1) if mask.shape[1] else count
+    last = mask.shape[1] - mask.flip(1).to(torch.uint8).argmax(1) if mask.shape[1] else count
+    holes = (count > 0) & (last - first != count)
+    if bool(holes.any()):
+        rows = holes.nonzero().flatten().tolist()
+        raise ValueError(
+            f"{name}: padding must be on the left or on the right of a row's tokens, but mask has some between those of"
+            f" row {rows[0]}"
+        )
+    return first.tolist(), count.tolist()
+
+
+def align_left(tokens: Tensor, starts: list[int]) -> Tensor:
+    """Rows of tokens [B, n] moved so that each begins with its token of column `starts`; what follows wraps around."""
+    if not any(starts):
+        return tokens
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    shift = torch.tensor(starts, device=tokens.device)[:, None]
+    return tokens.gather(1, (columns + shift) % tokens.shape[1])
