@@ -15,7 +15,7 @@ from .output import note
 
 # <malloc.h>, in bytes: mallopt takes an int.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_REUSED, _KEPT = 2**30, 2**31 - 1
+_REUSED, _KEPT = 2**30, 3 * 2**28
 _ALLOCATOR_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 _SIGNALS = ("SIGTERM", "SIGHUP")
 
