@@ -21,7 +21,7 @@ REALS = [True, float("nan"), float("inf"), "0", None, [0.0], 1j]
 WRONG: dict[str, list[Any]] = {
     "memory_layers": LAYERS,
     "gate_start": REALS,
-    **dict.fromkeys(("sidenet", "trainable", "fusion", "scope"), CHOICES),
+    **dict.fromkeys(("sidenet", "trainable", "fusion", "scope", "special_tokens"), CHOICES),
     **dict.fromkeys(("reduction", "segment"), NUMBERS),
     "chunk_size": [*NUMBERS, 65, 1000],
     "chunks_per_query": [*NUMBERS, 65, 1000],
@@ -51,7 +51,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         LongMemConfig(memory_layers=20)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("values", "message"), [({}, "memory_layers is missing"), ([1], "wanted a dictionary")])
+@pytest.mark.parametrize(("values", "message"), [({}, "memory_layers is missing"), ([1], "must be an object")])
 def test_files_that_hold_no_configuration(values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LongMemConfig.from_dict(values)

@@ -204,10 +204,10 @@ def test_configurations_are_read_strictly() -> None:
     assert LongMemConfig.from_dict(good) == LongMemConfig(memory_layers=(1,))
     assert LongMemConfig.from_dict({"memory_layers": [1]}) == LongMemConfig((1,), special_tokens="none")
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"memory_layers": 1}, "memory_layers must be a list, each an integer, got 1"),
-        ({"memory_layers": ["1"]}, "memory_layers must be a list, each an integer, got list"),
-        ({"segment": "256"}, "segment must be an integer, got '256'"),
-        ({"segment": 25.5}, "segment must be an integer, got 25.5"),
+        ({"memory_layers": 1}, "memory_layers must be a tuple of integers, .* got 1"),
+        ({"memory_layers": ["1"]}, r"memory_layers must be a tuple of integers, got \['1'\]"),
+        ({"segment": "256"}, "segment must be an integer, at least 1, got '256'"),
+        ({"segment": 25.5}, "segment must be an integer, at least 1, got 25.5"),
         ({"gate_start": float("nan")}, "gate_start must be a finite number, got nan"),
         (
             {"scope": None, "fusion": 1},

@@ -301,7 +301,7 @@ def test_a_memory_of_another_model_is_refused() -> None:
     [
         ({"memory_layers": (5,)}, r"at least one layer in \[0, 5\), ascending, got \(5,\)"),
         ({"sidenet": "twin"}, "one of none, exact, paper, got 'twin'"),
-        ({"fusion": "sum"}, "one of gated, joint, got 'sum'"),
+        ({"fusion": "sum"}, "one of joint, gated, got 'sum'"),
         ({"trainable": "all"}, "needs a SideNet"),
         ({"sidenet": "exact", "reduction": 0}, "reduction must be an integer, at least 1, got 0"),
         ({"memory_layers": ()}, "at least one layer"),

@@ -146,7 +146,7 @@ def test_a_run_from_before_special_tokens_goes_on_without(backbone: Path, tmp_pa
     values = LongMemConfig(memory_layers=(1,)).to_dict()
     del values["special_tokens"]
     assert LongMemConfig.from_dict(values).special_tokens == "none"
-    with pytest.raises(ValueError, match="special_tokens must be auto or none, got 'some'"):
+    with pytest.raises(ValueError, match="special_tokens must be one of auto, none, got 'some'"):
         LongMemConfig(memory_layers=(1,), special_tokens="some").check(3)
 
 
