@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPUTE_DTYPES = (*STORAGE_DTYPES, torch.float64)
@@ -116,6 +117,32 @@ def check_ring_index(op: str, ring_index: Tensor | None, sizes: Sizes) -> None:
     sizes.bind("ring_index", ring_index, "B")
     check_dtype(op, "ring_index", ring_index, (torch.int32,))
     check_range(op, "ring_index", ring_index, 0, rings)
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """`tensor` without its part in differentiation, backward or forward."""
+    return forward_ad.unpack_dual(tensor.detach()).primal if _forward_mode() else tensor.detach()
+
+
+def check_differentiation(op: str, impl: str, *tensors: Tensor | None) -> None:
+    """Refuse the kinds of differentiation that PyTorch would leave out of a kernel without a word, or with one about
+    itself: forward mode and transforms of `torch.func`. The reference has both."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if _forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        kind = "forward-mode differentiation (torch.func.jvp, dual tensors)"
+    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not any(tensor.requires_grad for tensor in given):
+            return
+        kind = "torch.func's grad, vjp, jacrev and hessian"
+    else:
+        return
+    raise NotImplementedError(
+        f'{op}: {kind} is not implemented by impl={impl!r}; ask for impl="reference", or use torch.autograd'
+    )
+
+
+def _forward_mode() -> bool:
+    return forward_ad._current_level >= 0
 
 
 def packed(tensor: Tensor | None) -> Tensor | None:

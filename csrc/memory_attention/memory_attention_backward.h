@@ -24,7 +24,8 @@ struct QueryGrad {
     const float share = block.share(p.local_lse[row], p.memory_lse[row]);
     float local_delta = dot(grad, p.local_out + row * p.D, p.D);
     float memory_delta = dot(grad, p.memory_out + row * p.D, p.D);
-    dgate = p.gate ? share * (1.0f - share) * (memory_delta - local_delta) : 0.0f;
+    const bool gated = p.gate && p.memory_lse[row] != -kInfinity;
+    dgate = gated ? share * (1.0f - share) * (memory_delta - local_delta) : 0.0f;
     if (!p.gate) local_delta = memory_delta = (1.0f - share) * local_delta + share * memory_delta;
     local_weight = 1.0f - share;
     memory_weight = share;
@@ -163,6 +164,8 @@ class BackwardLocal {
       block.load_queries(p_.query, p_.query_stride, p_.scale, query_rows_ + i * p_.padded,
                          query_ + i * p_.padded);
       block.load_queries(p_.grad, p_.grad_stride, 1.0f, grad_rows_ + i * p_.padded, grad_ + i * p_.padded);
+      finite_[i / kQueries] = all_finite(query_rows_ + i * p_.padded, p_.padded, kQueries, p_.padded) &&
+                              all_finite(grad_rows_ + i * p_.padded, p_.padded, kQueries, p_.padded);
       for (int64_t lane = 0; lane < kQueries; ++lane) {
         const int64_t row = block.row(lane);
         const bool there = lane < block.count;  // lanes without a query weigh nothing
@@ -191,6 +194,13 @@ class BackwardLocal {
       bias_scores(block, j, n, weights_);
       score_rows(value.data, value.stride, n, grad_ + i * p_.padded, p_.D, products_);
       differentiate(i, j, n);
+      if (!block.all_see(j, n)) {
+        hide(block, j, n);
+        if (!finite_[i / kQueries] || !all_finite(key.data, key.stride, n, p_.padded)) {
+          add_seen(block, i, j, n, key);
+          continue;
+        }
+      }
       const float* query = query_rows_ + i * p_.padded;
       const float* grad = grad_rows_ + i * p_.padded;
       const int64_t padded = p_.padded;
@@ -203,6 +213,38 @@ class BackwardLocal {
   }
 
  private:
+  // Nothing of a hidden pair is left, not even NaN.
+  void hide(const Block& block, int64_t j, int64_t n) const {
+    for (int64_t k = 0; k < n; ++k) {
+      for (int v = 0; v < kVectors; ++v) {
+        const IntVector seers = block.seers(j + k, v);
+        float* weight = weights_ + k * kQueries + v * kLanes;
+        float* product = products_ + k * kQueries + v * kLanes;
+        store(weight, seers ? load(weight) : Vector{});
+        store(product, seers ? load(product) : Vector{});
+      }
+    }
+  }
+
+  // What add_pair does with the pairs, for those alone that are visible: zero times NaN is not zero.
+  void add_seen(const Block& block, int64_t i, int64_t j, int64_t n, const Rows& key) const {
+    const int64_t at = ((b_ * p_.G + g_) * p_.S + j) * p_.padded;
+    for (int64_t k = 0; k < n; ++k) {
+      for (int64_t lane = 0; lane < block.count; ++lane) {
+        if (!block.seers(j + k, lane / kLanes)[lane % kLanes]) continue;
+        const float weight = weights_[k * kQueries + lane], product = products_[k * kQueries + lane];
+        add(p_.dvalue_sum + at + k * p_.padded, weight, grad_rows_ + (i + lane) * p_.padded);
+        add(p_.dkey_sum + at + k * p_.padded, product, query_rows_ + (i + lane) * p_.padded);
+        add(p_.dquery_sum + block.row(lane) * p_.padded, product, key.data + k * key.stride);
+      }
+    }
+  }
+
+  // sum [padded] += weight * row
+  void add(float* sum, float weight, const float* row) const {
+    for (int64_t d = 0; d < p_.padded; d += kLanes) store(sum + d, load(sum + d) + load(row + d) * weight);
+  }
+
   Block block_at(int64_t i) const { return Block(p_, b_, h_, first_ + i, end_); }
 
   // Scores and grad . value of keys j, j + 1, ... become what values weigh in the output, and the scores'
@@ -233,6 +275,7 @@ class BackwardLocal {
   Buffer<float> weights_, products_;      // [kTile, kQueries]
   Buffer<float> lse_, weight_, offset_;   // [kPair]
   Buffer<uint32_t> dropout_row_;          // [kPair]
+  bool finite_[kPair / kQueries];         // of each kQueries queries and gradients
 };
 
 inline void round_rows(const MemoryAttentionParams& p, const float* sums, void* rows, int64_t first,

@@ -162,6 +162,50 @@ def load_rows(p_rows, o_row, s_row, end, D: tl.constexpr, BD: tl.constexpr, CHEC
 
 
 @triton.jit
+def load_masked_rows(p_rows, o_row, s_row, m_row, D: tl.constexpr, BD: tl.constexpr):
+    """Rows o_row, [rows, BD]: zero past D and where not m_row, whatever lies there."""
+    o_d = tl.arange(0, BD)
+    p_tile = p_rows + o_row.to(tl.int64)[:, None] * s_row + o_d[None, :]
+    return tl.load(p_tile, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def keys_seen(
+    o_key, first, last, S, p_key_mask, s_mask_s, window, CAUSAL: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Which keys any query at positions first ... last sees. Not MASKED: all, but for the key mask."""
+    m_key = o_key < S
+    if MASKED and CAUSAL:
+        m_key = m_key & (o_key <= last)
+    if MASKED and window is not None:
+        m_key = m_key & (first - o_key < window)
+    if p_key_mask is not None:
+        m_key = m_key & (tl.load(p_key_mask + o_key.to(tl.int64) * s_mask_s, mask=m_key, other=0) != 0)
+    return m_key
+
+
+@triton.jit
+def not_finite_rows(b_rows):
+    """Which rows of a tile [rows, BD] hold NaN or infinity, times zero no zero; and whether any does."""
+    m_row = tl.max((b_rows.to(tl.float32) * 0.0 != 0.0).to(tl.int32), axis=1) > 0
+    return m_row, tl.max(m_row.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def weigh_seen(b_weight, m_seen, b_value):
+    """b_weight [BT, BS] >= 0 times b_value [BS, BD] for values some of which are not finite: where m_seen alone."""
+    b_value = b_value.to(tl.float32)
+    m_finite = b_value * 0.0 == 0.0
+    b_out = dot(b_weight, tl.where(m_finite, b_value, 0.0))
+    b_seen = m_seen.to(tl.float16)
+    b_up = dot(b_seen, (b_value == float("inf")).to(tl.float16))
+    b_down = dot(b_seen, (b_value == float("-inf")).to(tl.float16))
+    b_none = dot(b_seen, (b_value != b_value).to(tl.float16))
+    b_out += tl.where(b_up > 0.0, float("inf"), 0.0) + tl.where(b_down > 0.0, float("-inf"), 0.0)
+    return tl.where(b_none > 0.0, float("nan"), b_out)
+
+
+@triton.jit
 def alibi_bias(slope, o_query, start, first, BS: tl.constexpr, MASKED: tl.constexpr):
     """What ALiBi adds to scores of keys start ... start + BS - 1, to broadcast to [BT, BS].
 
@@ -204,27 +248,23 @@ def seen_keys(first, last, S, CAUSAL: tl.constexpr, window, BS: tl.constexpr):
 
 @triton.jit
 def local_scores(
-    b_dot, b_bias, o_query, o_key, S, scale, p_key_mask, s_mask_s, window, CAUSAL: tl.constexpr, MASKED: tl.constexpr
+    b_dot, b_bias, o_query, o_key, m_key, scale, window, CAUSAL: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """Scores in units of log 2 of the products b_dot; -inf where a key may not be seen.
 
-    b_bias (None without ALiBi) and the positions o_query and o_key are shaped to broadcast to b_dot. Not MASKED: all
-    see all, but for the key mask.
+    b_bias (None without ALiBi), the positions o_query and o_key, and m_key, which keys are seen at all (None: all of
+    them), are shaped to broadcast to b_dot. Not MASKED: all queries see those.
     """
     b_score = b_dot * (scale * LOG2E)
     if b_bias is not None:
         b_score += b_bias
-    if MASKED:
-        m_seen = o_key < S
-        if CAUSAL:
+    if m_key is not None:
+        m_seen = m_key
+        if MASKED and CAUSAL:
             m_seen = m_seen & (o_key <= o_query)
-        if window is not None:
+        if MASKED and window is not None:
             m_seen = m_seen & (o_query - o_key < window)
         b_score = tl.where(m_seen, b_score, float("-inf"))
-    if p_key_mask is not None:
-        p_key_mask += o_key.to(tl.int64) * s_mask_s
-        m_key = tl.load(p_key_mask, mask=o_key < S, other=0) if MASKED else tl.load(p_key_mask)
-        b_score = tl.where(m_key != 0, b_score, float("-inf"))
     return b_score
 
 
@@ -312,37 +352,55 @@ def token_scales(p_scale, p_bank, b_slot, m_there):
 @triton.jit
 def attend(
     b_query, b_max, b_sum, b_out, begin, end, p_key, p_value, s_key_s, s_value_s,
-    o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, RISING: tl.constexpr,
+    o_query, first, last, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, RISING: tl.constexpr, ALIKE: tl.constexpr,
     D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One pass of flash attention over keys begin ... end - 1: the running maximum, sum and output after it."""
+    """One pass of flash attention over keys begin ... end - 1: the running maximum, sum and output after it.
+
+    The queries are at positions first ... last. ALIKE: all see the same keys.
+    """
     if slope is not None and not MASKED:
         b_max += alibi_rows(slope, o_query, first)
     for start in range(begin, end, BS):
         o_key = start + tl.arange(0, BS)
-        b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
-        b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)
+        m_key = None
+        if MASKED or p_key_mask is not None:
+            m_key = keys_seen(o_key, first, last, S, p_key_mask, s_mask_s, window, CAUSAL, MASKED)
+            b_key = load_masked_rows(p_key, o_key, s_key_s, m_key, D, BD)  # [BS, BD]
+            b_value = load_masked_rows(p_value, o_key, s_value_s, m_key, D, BD)
+            m_key = m_key[None, :]
+        else:
+            b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, False)
+            b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, False)
         b_dot = dot(b_query, tl.trans(b_key))
         if MASKED or not RISING or slope is not None or p_key_mask is not None:
             b_bias = None
             if slope is not None:
                 b_bias = alibi_bias(slope, o_query, start, first, BS, MASKED)
             b_score = local_scores(
-                b_dot, b_bias, o_query[:, None], o_key[None, :], S, scale, p_key_mask, s_mask_s, window, CAUSAL, MASKED
+                b_dot, b_bias, o_query[:, None], o_key[None, :], m_key, scale, window, CAUSAL, MASKED
             )
             b_new_max = tl.maximum(b_max, tl.max(b_score, axis=1))
             b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
             b_weight = tl.exp2(b_score - b_base[:, None])
         else:  # scaling the maximum saves a multiplication of every score
             b_new_max = tl.maximum(b_max, tl.max(b_dot, axis=1) * (scale * LOG2E))
-            b_base = b_new_max
+            b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
             b_weight = tl.exp2(b_dot * (scale * LOG2E) - b_base[:, None])
         b_shrink = tl.exp2(b_max - b_base)
         b_sum = b_sum * b_shrink + tl.sum(b_weight, axis=1)
         if p_seed is not None:
             b_weight = tl.where(kept_by_dropout(b_row[:, None], o_key[None, :], threshold), b_weight, 0.0)
-        b_out = b_out * b_shrink[:, None] + dot(narrow(b_weight, b_value.dtype), b_value)
+        b_out *= b_shrink[:, None]
+        if MASKED and not ALIKE:
+            _, any_not_finite = not_finite_rows(b_value)
+            if any_not_finite:
+                b_out += weigh_seen(b_weight, b_score != float("-inf"), b_value)
+            else:
+                b_out += dot(narrow(b_weight, b_value.dtype), b_value)
+        else:
+            b_out += dot(narrow(b_weight, b_value.dtype), b_value)
         b_max = b_new_max
     if slope is not None and not MASKED:
         b_max -= alibi_rows(slope, o_query, first)

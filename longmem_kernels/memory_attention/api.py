@@ -13,6 +13,7 @@ from .._checks import (
     QUANTISED_DTYPE,
     Sizes,
     check_device,
+    check_differentiation,
     check_dtype,
     check_last_axis_contiguous,
     check_range,
@@ -143,6 +144,7 @@ def memory_attention(
         with _no_autocast(device.type):  # which would cast its matrix products once more
             out, local_lse, memory_lse = memory_attention_reference(*arguments)
     else:
+        check_differentiation(op, name, query, key, value, memory_query, memory_key, memory_value, gate, alibi_slopes)
         out, _, local_lse, _, memory_lse = getattr(torch.ops.longmem, f"memory_attention_{name}")(*arguments)
     extra: tuple[Tensor, ...] = (local_lse, memory_lse) if return_lse else ()
     if return_memory_share:
