@@ -6,6 +6,9 @@ of exponentials; share = 0 where no memory was found. So the kernels of either p
 
 Scores are kept in units of log 2, so that a weight is one `exp2` of a difference.
 
+A hidden key weighs zero, but zero times NaN or infinity is NaN. The loops over keys do not look for that: a program
+whose result is not finite computes it again, CAREFUL, with what is hidden left out.
+
 Per-row tensors that the kernels make (outputs, log-sum-exps, ...) are contiguous [B, H, T, ...] and addressed by row
 number (b * H + h) * T + t. Products with strides may pass 2^31: one factor is int64.
 """
@@ -162,47 +165,37 @@ def load_rows(p_rows, o_row, s_row, end, D: tl.constexpr, BD: tl.constexpr, CHEC
 
 
 @triton.jit
-def load_masked_rows(p_rows, o_row, s_row, m_row, D: tl.constexpr, BD: tl.constexpr):
-    """Rows o_row, [rows, BD]: zero past D and where not m_row, whatever lies there."""
-    o_d = tl.arange(0, BD)
-    p_tile = p_rows + o_row.to(tl.int64)[:, None] * s_row + o_d[None, :]
-    return tl.load(p_tile, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+def any_not_finite(b_tile):
+    """Whether a tile [rows, columns] of float32 holds NaN or infinity."""
+    return tl.max(tl.max((b_tile * 0.0 != 0.0).to(tl.int32), axis=1), axis=0) > 0
 
 
 @triton.jit
-def keys_seen(
-    o_key, first, last, S, p_key_mask, s_mask_s, window, CAUSAL: tl.constexpr, MASKED: tl.constexpr
+def finite_numbers(b_rows):
+    """A tile with zeros for NaN and infinity."""
+    b_number = b_rows.to(tl.float32)
+    return narrow(tl.where(b_number * 0.0 == 0.0, b_number, 0.0), b_rows.dtype)
+
+
+@triton.jit
+def add_not_finite(
+    b_out, begin, end, p_value, s_value_s, o_query, p_key_mask, s_mask_s, window,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Which keys any query at positions first ... last sees. Not MASKED: all, but for the key mask."""
-    m_key = o_key < S
-    if MASKED and CAUSAL:
-        m_key = m_key & (o_key <= last)
-    if MASKED and window is not None:
-        m_key = m_key & (first - o_key < window)
-    if p_key_mask is not None:
-        m_key = m_key & (tl.load(p_key_mask + o_key.to(tl.int64) * s_mask_s, mask=m_key, other=0) != 0)
-    return m_key
-
-
-@triton.jit
-def not_finite_rows(b_rows):
-    """Which rows of a tile [rows, BD] hold NaN or infinity, times zero no zero; and whether any does."""
-    m_row = tl.max((b_rows.to(tl.float32) * 0.0 != 0.0).to(tl.int32), axis=1) > 0
-    return m_row, tl.max(m_row.to(tl.int32), axis=0) > 0
-
-
-@triton.jit
-def weigh_seen(b_weight, m_seen, b_value):
-    """b_weight [BT, BS] >= 0 times b_value [BS, BD] for values some of which are not finite: where m_seen alone."""
-    b_value = b_value.to(tl.float32)
-    m_finite = b_value * 0.0 == 0.0
-    b_out = dot(b_weight, tl.where(m_finite, b_value, 0.0))
-    b_seen = m_seen.to(tl.float16)
-    b_up = dot(b_seen, (b_value == float("inf")).to(tl.float16))
-    b_down = dot(b_seen, (b_value == float("-inf")).to(tl.float16))
-    b_none = dot(b_seen, (b_value != b_value).to(tl.float16))
-    b_out += tl.where(b_up > 0.0, float("inf"), 0.0) + tl.where(b_down > 0.0, float("-inf"), 0.0)
-    return tl.where(b_none > 0.0, float("nan"), b_out)
+    """b_out [BT, BD] with the values of keys begin ... end - 1 that are not finite, whatever they weigh."""
+    o_d = tl.arange(0, BD)
+    for i_key in range(begin, end):
+        b_value = tl.load(p_value + tl.cast(i_key, tl.int64) * s_value_s + o_d, mask=o_d < D, other=0.0)
+        b_value = b_value.to(tl.float32)
+        m_seen = o_query == o_query
+        if CAUSAL:
+            m_seen = i_key <= o_query
+        if window is not None:
+            m_seen = m_seen & (o_query - i_key < window)
+        if p_key_mask is not None:
+            m_seen = m_seen & (tl.load(p_key_mask + tl.cast(i_key, tl.int64) * s_mask_s) != 0)
+        b_out += tl.where(m_seen[:, None] & (b_value * 0.0 != 0.0)[None, :], b_value[None, :], 0.0)
+    return b_out
 
 
 @triton.jit
@@ -248,23 +241,27 @@ def seen_keys(first, last, S, CAUSAL: tl.constexpr, window, BS: tl.constexpr):
 
 @triton.jit
 def local_scores(
-    b_dot, b_bias, o_query, o_key, m_key, scale, window, CAUSAL: tl.constexpr, MASKED: tl.constexpr
+    b_dot, b_bias, o_query, o_key, S, scale, p_key_mask, s_mask_s, window, CAUSAL: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """Scores in units of log 2 of the products b_dot; -inf where a key may not be seen.
 
-    b_bias (None without ALiBi), the positions o_query and o_key, and m_key, which keys are seen at all (None: all of
-    them), are shaped to broadcast to b_dot. Not MASKED: all queries see those.
+    b_bias (None without ALiBi) and the positions o_query and o_key are shaped to broadcast to b_dot. Not MASKED: all
+    see all, but for the key mask.
     """
     b_score = b_dot * (scale * LOG2E)
     if b_bias is not None:
         b_score += b_bias
-    if m_key is not None:
-        m_seen = m_key
-        if MASKED and CAUSAL:
+    if MASKED:
+        m_seen = o_key < S
+        if CAUSAL:
             m_seen = m_seen & (o_key <= o_query)
-        if MASKED and window is not None:
+        if window is not None:
             m_seen = m_seen & (o_query - o_key < window)
         b_score = tl.where(m_seen, b_score, float("-inf"))
+    if p_key_mask is not None:
+        p_key_mask += o_key.to(tl.int64) * s_mask_s
+        m_key = tl.load(p_key_mask, mask=o_key < S, other=0) if MASKED else tl.load(p_key_mask)
+        b_score = tl.where(m_key != 0, b_score, float("-inf"))
     return b_score
 
 
@@ -352,34 +349,26 @@ def token_scales(p_scale, p_bank, b_slot, m_there):
 @triton.jit
 def attend(
     b_query, b_max, b_sum, b_out, begin, end, p_key, p_value, s_key_s, s_value_s,
-    o_query, first, last, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, RISING: tl.constexpr, ALIKE: tl.constexpr,
+    o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, RISING: tl.constexpr, CAREFUL: tl.constexpr,
     D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One pass of flash attention over keys begin ... end - 1: the running maximum, sum and output after it.
-
-    The queries are at positions first ... last. ALIKE: all see the same keys.
-    """
+    """One pass of flash attention over keys begin ... end - 1: the running maximum, sum and output after it."""
     if slope is not None and not MASKED:
         b_max += alibi_rows(slope, o_query, first)
     for start in range(begin, end, BS):
         o_key = start + tl.arange(0, BS)
-        m_key = None
-        if MASKED or p_key_mask is not None:
-            m_key = keys_seen(o_key, first, last, S, p_key_mask, s_mask_s, window, CAUSAL, MASKED)
-            b_key = load_masked_rows(p_key, o_key, s_key_s, m_key, D, BD)  # [BS, BD]
-            b_value = load_masked_rows(p_value, o_key, s_value_s, m_key, D, BD)
-            m_key = m_key[None, :]
-        else:
-            b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, False)
-            b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, False)
+        b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
+        b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)
+        if CAREFUL:
+            b_value = finite_numbers(b_value)
         b_dot = dot(b_query, tl.trans(b_key))
         if MASKED or not RISING or slope is not None or p_key_mask is not None:
             b_bias = None
             if slope is not None:
                 b_bias = alibi_bias(slope, o_query, start, first, BS, MASKED)
             b_score = local_scores(
-                b_dot, b_bias, o_query[:, None], o_key[None, :], m_key, scale, window, CAUSAL, MASKED
+                b_dot, b_bias, o_query[:, None], o_key[None, :], S, scale, p_key_mask, s_mask_s, window, CAUSAL, MASKED
             )
             b_new_max = tl.maximum(b_max, tl.max(b_score, axis=1))
             b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
@@ -392,18 +381,14 @@ def attend(
         b_sum = b_sum * b_shrink + tl.sum(b_weight, axis=1)
         if p_seed is not None:
             b_weight = tl.where(kept_by_dropout(b_row[:, None], o_key[None, :], threshold), b_weight, 0.0)
-        b_out *= b_shrink[:, None]
-        if MASKED and not ALIKE:
-            _, any_not_finite = not_finite_rows(b_value)
-            if any_not_finite:
-                b_out += weigh_seen(b_weight, b_score != float("-inf"), b_value)
-            else:
-                b_out += dot(narrow(b_weight, b_value.dtype), b_value)
-        else:
-            b_out += dot(narrow(b_weight, b_value.dtype), b_value)
+        b_out = b_out * b_shrink[:, None] + dot(narrow(b_weight, b_value.dtype), b_value)
         b_max = b_new_max
     if slope is not None and not MASKED:
         b_max -= alibi_rows(slope, o_query, first)
+    if CAREFUL:
+        b_out = add_not_finite(
+            b_out, begin, end, p_value, s_value_s, o_query, p_key_mask, s_mask_s, window, CAUSAL, D, BD
+        )
     return b_max, b_sum, b_out
 
 

@@ -20,18 +20,17 @@ from longmem_kernels.memory_attention._triton_common import (
     LOG2E,
     alibi_bias,
     alibi_rows,
+    any_not_finite,
     bank_of,
     drop_threshold,
     dropout_rows,
+    finite_numbers,
     fusion_share,
     kept_by_dropout,
     key_value_grad_tiles,
-    keys_seen,
-    load_masked_rows,
     load_rows,
     load_tokens,
     local_scores,
-    not_finite_rows,
     query_grad_tiles,
     retrieved_tokens,
     seen_keys,
@@ -154,32 +153,32 @@ def memory_attention_memory_query_grad_kernel(
 
 
 @triton.jit
+def not_finite_rows(b_rows):
+    """Which rows of a tile [rows, BD] hold NaN or infinity."""
+    return tl.max((b_rows.to(tl.float32) * 0.0 != 0.0).to(tl.int32), axis=1) > 0
+
+
+@triton.jit
 def _query_grad(
     b_query_grad, begin, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
-    b_base, b_offset, o_query, first, last, S, scale, slope, p_key_mask, s_mask_s, window,
+    b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
     b_row, p_seed, threshold, kept_scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """b_query_grad with what keys begin ... end - 1 add, not yet scaled."""
     if slope is not None and not MASKED:
         b_base += alibi_rows(slope, o_query, first)
     for start in range(begin, end, BS):
         o_key = start + tl.arange(0, BS)
-        m_key = None
-        if MASKED or p_key_mask is not None:
-            m_key = keys_seen(o_key, first, last, S, p_key_mask, s_mask_s, window, CAUSAL, MASKED)
-            b_key = load_masked_rows(p_key, o_key, s_key_s, m_key, D, BD)  # [BS, BD]
-            b_value = load_masked_rows(p_value, o_key, s_value_s, m_key, D, BD)
-            m_key = m_key[None, :]
-        else:
-            b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, False)
-            b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, False)
+        b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
+        b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)
         b_bias = None
         if slope is not None:
             b_bias = alibi_bias(slope, o_query, start, first, BS, MASKED)
         b_score = local_scores(
-            dot(b_query, tl.trans(b_key)), b_bias, o_query[:, None], o_key[None, :], m_key, scale,
-            window, CAUSAL, MASKED,
+            dot(b_query, tl.trans(b_key)), b_bias, o_query[:, None], o_key[None, :], S, scale,
+            p_key_mask, s_mask_s, window, CAUSAL, MASKED,
         )  # fmt: skip
         b_weight = tl.exp2(b_score - b_base[:, None])
         b_value_dot = dot(b_grad, tl.trans(b_value))
@@ -187,17 +186,12 @@ def _query_grad(
             m_kept = kept_by_dropout(b_row[:, None], o_key[None, :], threshold)
             b_value_dot = tl.where(m_kept, b_value_dot * kept_scale, 0.0)
         b_score_grad = b_weight * (b_value_dot + b_offset[:, None])
-        if MASKED:
+        if CAREFUL:  # what is multiplied by NaN becomes NaN before, where it is seen
             m_seen = b_score != float("-inf")
             b_score_grad = tl.where(m_seen, b_score_grad, 0.0)
-            m_bad, any_bad = not_finite_rows(b_key)
-            if any_bad:
-                b_score_grad = tl.where(m_seen & m_bad[None, :], float("nan"), b_score_grad)
-                b_query_grad += dot(narrow(b_score_grad, b_key.dtype), tl.where(m_bad[:, None], 0.0, b_key))
-            else:
-                b_query_grad += dot(narrow(b_score_grad, b_key.dtype), b_key)
-        else:
-            b_query_grad += dot(narrow(b_score_grad, b_key.dtype), b_key)
+            b_score_grad = tl.where(m_seen & not_finite_rows(b_key)[None, :], float("nan"), b_score_grad)
+            b_key = finite_numbers(b_key)
+        b_query_grad += dot(narrow(b_score_grad, b_key.dtype), b_key)
     return b_query_grad
 
 
@@ -221,7 +215,6 @@ def memory_attention_query_grad_kernel(
     m_t = o_t < T
     o_row = (i_b * H + i_h) * T + o_t
     first = S - T + i_block * BT  # position of the first query
-    last = first + BT - 1
     o_query = first + tl.arange(0, BT)
     slope = None
     if p_slopes is not None:
@@ -239,23 +232,30 @@ def memory_attention_query_grad_kernel(
         b_row = dropout_rows(p_seed, o_row)
 
     b_query_grad = tl.zeros([BT, BD], tl.float32)
-    begin, all_begin, all_end, end = seen_keys(first, last, S, CAUSAL, window, BS)
+    begin, all_begin, all_end, end = seen_keys(first, first + BT - 1, S, CAUSAL, window, BS)
     if window is not None:
         b_query_grad = _query_grad(
             b_query_grad, begin, all_begin, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
-            b_base, b_offset, o_query, first, last, S, scale, slope, p_key_mask, s_mask_s, window,
-            b_row, p_seed, threshold, kept_scale, CAUSAL, True, D, BS, BD,
+            b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
+            b_row, p_seed, threshold, kept_scale, CAUSAL, True, False, D, BS, BD,
         )  # fmt: skip
     b_query_grad = _query_grad(
         b_query_grad, all_begin, all_end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
-        b_base, b_offset, o_query, first, last, S, scale, slope, p_key_mask, s_mask_s, window,
-        b_row, p_seed, threshold, kept_scale, CAUSAL, False, D, BS, BD,
+        b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
+        b_row, p_seed, threshold, kept_scale, CAUSAL, False, False, D, BS, BD,
     )  # fmt: skip
     b_query_grad = _query_grad(
         b_query_grad, all_end, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
-        b_base, b_offset, o_query, first, last, S, scale, slope, p_key_mask, s_mask_s, window,
-        b_row, p_seed, threshold, kept_scale, CAUSAL, True, D, BS, BD,
+        b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
+        b_row, p_seed, threshold, kept_scale, CAUSAL, True, False, D, BS, BD,
     )  # fmt: skip
+
+    if any_not_finite(b_query_grad):
+        b_query_grad = _query_grad(
+            tl.zeros([BT, BD], tl.float32), begin, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
+            b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
+            b_row, p_seed, threshold, kept_scale, CAUSAL, True, True, D, BS, BD,
+        )  # fmt: skip
 
     o_d = tl.arange(0, BD)
     p_query_grad += o_row[:, None] * D + o_d[None, :]
@@ -265,12 +265,19 @@ def memory_attention_query_grad_kernel(
 
 @triton.jit
 def _key_value_grad(
-    b_key_grad, b_value_grad, begin, end, b_key, b_value, p_query, p_grad, p_base, p_offset,
-    s_query_t, s_grad_t, first_row, o_key, m_key, last, T, S, scale, slope, window, p_seed, threshold, kept_scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    b_key_grad, b_value_grad, begin, end, b_key, b_value, p_query, p_grad, p_slopes, p_base, p_offset,
+    i_b, i_h, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
+    p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Both gradients with what queries begin ... end - 1 of a head add. Scores are transposed: [BS, BT]."""
+    slope = None
+    if p_slopes is not None:
+        slope = tl.load(p_slopes + i_h).to(tl.float32) * LOG2E
+    p_query += i_h * s_query_h
+    p_grad += i_h * s_grad_h
+    first_row = (i_b * H + i_h) * T
     for start in range(begin, end, BT):
         o_t = start + tl.arange(0, BT)
         m_t = o_t < T
@@ -287,37 +294,30 @@ def _key_value_grad(
             b_bias = (slope * (o_key - last).to(tl.float32))[:, None]
             b_base += alibi_rows(slope, o_query, last)
         b_score = local_scores(
-            dot(b_key, tl.trans(b_query)), b_bias, o_query[None, :], o_key[:, None], m_key, scale,
-            window, CAUSAL, MASKED,
+            dot(b_key, tl.trans(b_query)), b_bias, o_query[None, :], o_key[:, None], S, scale,
+            p_key_mask, s_mask_s, window, CAUSAL, MASKED,
         )  # fmt: skip
         b_weight = tl.exp2(b_score - b_base[None, :])
         b_value_dot = dot(b_value, tl.trans(b_grad))
+        b_kept = b_weight
         if p_seed is not None:
             m_kept = kept_by_dropout(dropout_rows(p_seed, o_row)[None, :], o_key[:, None], threshold)
             b_kept = tl.where(m_kept, b_weight * kept_scale, 0.0)
-            b_score_grad = b_kept * b_value_dot + b_weight * b_offset[None, :]
-        else:
-            b_kept = b_weight
-            b_score_grad = b_weight * (b_value_dot + b_offset[None, :])
-        if MASKED:
+        if CAREFUL:  # as in _query_grad
             m_seen = b_score != float("-inf")
             b_kept = tl.where(m_seen, b_kept, 0.0)
-            b_score_grad = tl.where(m_seen, b_score_grad, 0.0)
-            m_bad_query, any_bad_query = not_finite_rows(b_query)
-            m_bad_grad, any_bad_grad = not_finite_rows(b_grad)
-            if any_bad_query | any_bad_grad:
-                m_bad = m_bad_query | m_bad_grad
-                m_seen = m_seen & m_bad[None, :]
-                b_kept = tl.where(m_seen, float("nan"), b_kept)
-                b_score_grad = tl.where(m_seen, float("nan"), b_score_grad)
-                b_value_grad += dot(narrow(b_kept, b_grad.dtype), tl.where(m_bad[:, None], 0.0, b_grad))
-                b_key_grad += dot(narrow(b_score_grad, b_query.dtype), tl.where(m_bad[:, None], 0.0, b_query))
-            else:
-                b_value_grad += dot(narrow(b_kept, b_grad.dtype), b_grad)
-                b_key_grad += dot(narrow(b_score_grad, b_query.dtype), b_query)
+            b_kept = tl.where(m_seen & not_finite_rows(b_grad)[None, :], float("nan"), b_kept)
+            b_grad = finite_numbers(b_grad)
+        b_value_grad += dot(narrow(b_kept, b_grad.dtype), b_grad)
+        if p_seed is not None:
+            b_score_grad = b_kept * b_value_dot + b_weight * b_offset[None, :]
         else:
-            b_value_grad += dot(narrow(b_kept, b_grad.dtype), b_grad)
-            b_key_grad += dot(narrow(b_score_grad, b_query.dtype), b_query)
+            b_score_grad = b_weight * (b_value_dot + b_offset[None, :])
+        if CAREFUL:
+            b_score_grad = tl.where(m_seen, b_score_grad, 0.0)
+            b_score_grad = tl.where(m_seen & not_finite_rows(b_query)[None, :], float("nan"), b_score_grad)
+            b_query = finite_numbers(b_query)
+        b_key_grad += dot(narrow(b_score_grad, b_query.dtype), b_query)
     return b_key_grad, b_value_grad
 
 
@@ -338,14 +338,10 @@ def memory_attention_key_value_grad_kernel(
 
     o_key = i_block * BS + tl.arange(0, BS)
     last = i_block * BS + (BS - 1)
+    b_key = load_rows(p_key + i_b * s_key_b + i_g * s_key_g, o_key, s_key_s, S, D, BD, True)  # [BS, BD]
+    b_value = load_rows(p_value + i_b * s_value_b + i_g * s_value_g, o_key, s_value_s, S, D, BD, True)
     if p_key_mask is not None:
         p_key_mask += i_b * s_mask_b
-    m_key = keys_seen(o_key, 0, 0, S, p_key_mask, s_mask_s, window, CAUSAL, False)
-    b_key = load_masked_rows(p_key + i_b * s_key_b + i_g * s_key_g, o_key, s_key_s, m_key, D, BD)  # [BS, BD]
-    b_value = load_masked_rows(p_value + i_b * s_value_b + i_g * s_value_g, o_key, s_value_s, m_key, D, BD)
-    m_shown = None
-    if p_key_mask is not None:
-        m_shown = m_key[:, None]
     # Queries begin ... all_begin - 1 see some of the keys, those from all_begin on see all. A window: all see some.
     begin = 0
     all_begin = 0
@@ -355,38 +351,43 @@ def memory_attention_key_value_grad_kernel(
     if window is not None:
         all_begin = tl.minimum(T, last + window - (S - T))
 
+    p_query += i_b * s_query_b
+    p_grad += i_b * s_grad_b
+
     b_key_grad = tl.zeros([BS, BD], tl.float32)
     b_value_grad = tl.zeros([BS, BD], tl.float32)
     for i_head in range(GROUP):
-        i_h = i_g * GROUP + i_head
-        slope = None
-        if p_slopes is not None:
-            slope = tl.load(p_slopes + i_h).to(tl.float32) * LOG2E
-        p_query_h = p_query + i_b * s_query_b + i_h * s_query_h
-        p_grad_h = p_grad + i_b * s_grad_b + i_h * s_grad_h
-        first_row = (i_b * H + i_h) * T
         if CAUSAL:
             b_key_grad, b_value_grad = _key_value_grad(
-                b_key_grad, b_value_grad, begin, all_begin, b_key, b_value, p_query_h, p_grad_h, p_base, p_offset,
-                s_query_t, s_grad_t, first_row, o_key, m_key[:, None], last, T, S, scale, slope, window,
-                p_seed, threshold, kept_scale, CAUSAL, True, D, BT, BD,
+                b_key_grad, b_value_grad, begin, all_begin, b_key, b_value, p_query, p_grad, p_slopes, p_base, p_offset,
+                i_b, i_g * GROUP + i_head, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
+                p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, True, False, D, BT, BD,
             )  # fmt: skip
         if window is None:
             b_key_grad, b_value_grad = _key_value_grad(
-                b_key_grad, b_value_grad, all_begin, T, b_key, b_value, p_query_h, p_grad_h, p_base, p_offset,
-                s_query_t, s_grad_t, first_row, o_key, m_shown, last, T, S, scale, slope, window,
-                p_seed, threshold, kept_scale, CAUSAL, False, D, BT, BD,
+                b_key_grad, b_value_grad, all_begin, T, b_key, b_value, p_query, p_grad, p_slopes, p_base, p_offset,
+                i_b, i_g * GROUP + i_head, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
+                p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, False, False, D, BT, BD,
+            )  # fmt: skip
+    if any_not_finite(b_key_grad) | any_not_finite(b_value_grad):
+        b_key_grad = tl.zeros([BS, BD], tl.float32)
+        b_value_grad = tl.zeros([BS, BD], tl.float32)
+        end = T
+        if window is not None:
+            end = all_begin
+        for i_head in range(GROUP):
+            b_key_grad, b_value_grad = _key_value_grad(
+                b_key_grad, b_value_grad, begin, end, b_key, b_value, p_query, p_grad, p_slopes, p_base, p_offset,
+                i_b, i_g * GROUP + i_head, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
+                p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, True, True, D, BT, BD,
             )  # fmt: skip
 
     o_d = tl.arange(0, BD)
-    m_out = (o_key < S)[:, None] & (o_d < D)[None, :]
-    # What no query sees has no gradient, be a query NaN.
-    b_key_grad = tl.where(m_key[:, None], b_key_grad, 0.0)
-    b_value_grad = tl.where(m_key[:, None], b_value_grad, 0.0)
+    m_key = (o_key < S)[:, None] & (o_d < D)[None, :]
     o_out = ((i_b * G + i_g) * S + o_key)[:, None] * D + o_d[None, :]
     dtype = p_key_grad.dtype.element_ty
-    tl.store(p_key_grad + o_out, narrow(b_key_grad * scale, dtype), mask=m_out)
-    tl.store(p_value_grad + o_out, narrow(b_value_grad, dtype), mask=m_out)
+    tl.store(p_key_grad + o_out, narrow(b_key_grad * scale, dtype), mask=m_key)
+    tl.store(p_value_grad + o_out, narrow(b_value_grad, dtype), mask=m_key)
 
 
 def memory_attention_backward(

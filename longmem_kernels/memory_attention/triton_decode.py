@@ -18,6 +18,7 @@ from longmem_kernels.memory_attention._triton_common import (
     LN2,
     LOG2E,
     Bank,
+    any_not_finite,
     attend,
     attend_tokens,
     decode_tiles,
@@ -45,8 +46,7 @@ def _local_part(
     pid, p_query, p_key, p_value, p_slopes, p_key_mask, p_seed, p_part_out, p_part_lse,
     s_query_b, s_query_h, s_query_t, s_key_b, s_key_g, s_key_s, s_value_b, s_value_g, s_value_s, s_mask_b, s_mask_s,
     H, G, T, S, scale, window, threshold, first_key, keys_per_part, local_parts, parts,
-    CAUSAL: tl.constexpr, ALIKE: tl.constexpr,
-    D: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Local attention of BT rows to `keys_per_part` keys. A group's rows are one list of H/G * T, head by head."""
     rows = H // G * T
@@ -76,14 +76,22 @@ def _local_part(
         b_row = dropout_rows(p_seed, o_row)
 
     begin = first_key + i_part * keys_per_part
+    end = tl.minimum(begin + keys_per_part, S)
     b_max = tl.full([BT], float("-inf"), tl.float32)
     b_sum = tl.zeros([BT], tl.float32)
     b_out = tl.zeros([BT, BD], tl.float32)
     b_max, b_sum, b_out = attend(
-        b_query, b_max, b_sum, b_out, begin, tl.minimum(begin + keys_per_part, S), p_key, p_value, s_key_s, s_value_s,
-        S - T + o_t, S - T, S - 1, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
-        CAUSAL, True, False, ALIKE, D, BS, BD,
+        b_query, b_max, b_sum, b_out, begin, end, p_key, p_value, s_key_s, s_value_s,
+        S - T + o_t, 0, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
+        CAUSAL, True, False, False, D, BS, BD,
     )  # fmt: skip
+    if any_not_finite(b_out):
+        b_max, b_sum, b_out = attend(
+            b_query, tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32),
+            tl.zeros([BT, BD], tl.float32), begin, end, p_key, p_value, s_key_s, s_value_s,
+            S - T + o_t, 0, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
+            CAUSAL, True, False, True, D, BS, BD,
+        )  # fmt: skip
     b_out, b_lse = finish(b_max, b_sum, b_out)
     o_part = o_row * parts + i_part
     tl.store(p_part_out + o_part[:, None] * D + o_d[None, :], b_out, mask=m_row[:, None] & (o_d < D)[None, :])
@@ -139,7 +147,7 @@ def memory_attention_decode_kernel(
     s_ids_b, s_ids_h, s_ids_t, s_ids_k,
     H, G, T, S, R, M, scale, window, threshold,
     first_key, keys_per_part, tokens_per_part, local_parts, parts, local_programs,
-    CAUSAL: tl.constexpr, ALIKE: tl.constexpr, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    CAUSAL: tl.constexpr, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, BJ: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Partial outputs [B, H, T, parts, D] and log-sum-exps [B, H, T, parts] in units of log 2, local parts first."""
@@ -149,7 +157,7 @@ def memory_attention_decode_kernel(
             pid, p_query, p_key, p_value, p_slopes, p_key_mask, p_seed, p_part_out, p_part_lse,
             s_query_b, s_query_h, s_query_t, s_key_b, s_key_g, s_key_s, s_value_b, s_value_g, s_value_s,
             s_mask_b, s_mask_s, H, G, T, S, scale, window, threshold, first_key, keys_per_part, local_parts, parts,
-            CAUSAL, ALIKE, D, BT, BS, BD,
+            CAUSAL, D, BT, BS, BD,
         )  # fmt: skip
     else:
         _memory_part(
@@ -260,7 +268,7 @@ def decode_forward(
         *memory_query.stride()[:3], *bank.strides, *chunk_ids.stride(),
         H, G, T, S, R, M, scale, window, drop_threshold(dropout_p),
         first_key, keys_per_part, tokens_per_part, local_parts, parts, blocks * local_parts,
-        CAUSAL=causal, ALIKE=T == 1 or (not causal and window is None), K=K, **{**bank.options, **vars(tiles), "BJ": BJ},
+        CAUSAL=causal, K=K, **{**bank.options, **vars(tiles), "BJ": BJ},
     )  # fmt: skip
     memory_attention_decode_merge_kernel[(B * H * T,)](
         part_out, part_lse, gate, *outputs, H, T, local_parts, parts, 1 / (1 - dropout_p),
