@@ -107,6 +107,8 @@ def _softmax(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the visible scores, zero when there are none above -inf, and their log-sum-exp."""
     scores = scores.masked_fill(~visible, -torch.inf)
     found = (scores != -torch.inf).any(-1, keepdim=True)
+    # Infinity minus infinity is no number: as the kernels have it, also in the log-sum-exp.
+    scores = scores + torch.where(scores == torch.inf, torch.nan, 0.0)
     # A row without such scores is replaced before its softmax can make NaN gradients.
     scores = torch.where(found, scores, 0.0)
     lse = torch.where(found, scores.logsumexp(-1, keepdim=True), -torch.inf).squeeze(-1)

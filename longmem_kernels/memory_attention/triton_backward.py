@@ -141,7 +141,7 @@ def memory_attention_memory_query_grad_kernel(
             b_score *= b_key_scale
             b_value_dot *= b_value_scale
         b_weight = tl.exp2(tl.where(m_there, b_score - b_base[None, :], float("-inf")))
-        b_score_grad = b_weight * (b_value_dot + b_offset[None, :])
+        b_score_grad = tl.where(m_there, b_weight * (b_value_dot + b_offset[None, :]), 0.0)
         if p_scale is not None:
             b_score_grad *= b_key_scale
         b_query_grad += tl.sum(b_score_grad[:, :, None] * b_key, axis=0)
@@ -187,7 +187,10 @@ def _query_grad(
             b_value_dot = tl.where(m_kept, b_value_dot * kept_scale, 0.0)
         b_score_grad = b_weight * (b_value_dot + b_offset[:, None])
         if CAREFUL:  # what is multiplied by NaN becomes NaN before, where it is seen
-            m_seen = b_score != float("-inf")
+            m_seen = local_scores(
+                tl.zeros_like(b_score), None, o_query[:, None], o_key[None, :], S, scale,
+                p_key_mask, s_mask_s, window, CAUSAL, MASKED,
+            ) == 0.0  # fmt: skip
             b_score_grad = tl.where(m_seen, b_score_grad, 0.0)
             b_score_grad = tl.where(m_seen & not_finite_rows(b_key)[None, :], float("nan"), b_score_grad)
             b_key = finite_numbers(b_key)
@@ -304,7 +307,10 @@ def _key_value_grad(
             m_kept = kept_by_dropout(dropout_rows(p_seed, o_row)[None, :], o_key[:, None], threshold)
             b_kept = tl.where(m_kept, b_weight * kept_scale, 0.0)
         if CAREFUL:  # as in _query_grad
-            m_seen = b_score != float("-inf")
+            m_seen = local_scores(
+                tl.zeros_like(b_score), None, o_query[None, :], o_key[:, None], S, scale,
+                p_key_mask, s_mask_s, window, CAUSAL, MASKED,
+            ) == 0.0  # fmt: skip
             b_kept = tl.where(m_seen, b_kept, 0.0)
             b_kept = tl.where(m_seen & not_finite_rows(b_grad)[None, :], float("nan"), b_kept)
             b_grad = finite_numbers(b_grad)
