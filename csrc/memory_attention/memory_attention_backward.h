@@ -164,8 +164,6 @@ class BackwardLocal {
       block.load_queries(p_.query, p_.query_stride, p_.scale, query_rows_ + i * p_.padded,
                          query_ + i * p_.padded);
       block.load_queries(p_.grad, p_.grad_stride, 1.0f, grad_rows_ + i * p_.padded, grad_ + i * p_.padded);
-      finite_[i / kQueries] = all_finite(query_rows_ + i * p_.padded, p_.padded, kQueries, p_.padded) &&
-                              all_finite(grad_rows_ + i * p_.padded, p_.padded, kQueries, p_.padded);
       for (int64_t lane = 0; lane < kQueries; ++lane) {
         const int64_t row = block.row(lane);
         const bool there = lane < block.count;  // lanes without a query weigh nothing
@@ -175,6 +173,8 @@ class BackwardLocal {
         offset_[i + lane] = there ? p_.local_offset[row] : 0.0f;
         dropout_row_[i + lane] = dropout_.row(row);
       }
+      finite_[i / kQueries] = all_finite(query_rows_ + i * p_.padded, p_.padded, kQueries, p_.padded) &&
+                              all_finite(grad_rows_ + i * p_.padded, p_.padded, kQueries, p_.padded);
     }
   }
 
@@ -186,6 +186,7 @@ class BackwardLocal {
     const Rows key(all, p_.key, p_.key_stride, j, tile, key_rows_);
     const Rows value(all, p_.value, p_.value_stride, j, tile, value_rows_);
     const int64_t at = ((b_ * p_.G + g_) * p_.S + j) * p_.padded;
+    int keys_finite = -1;  // not known yet
     for (int64_t i = 0; first_ + i < end_; i += kQueries) {
       const Block block = block_at(i);
       const int64_t n = smaller(tile, block.end() - j);
@@ -194,9 +195,11 @@ class BackwardLocal {
       bias_scores(block, j, n, weights_);
       score_rows(value.data, value.stride, n, grad_ + i * p_.padded, p_.D, products_);
       differentiate(i, j, n);
+      // Zero times NaN is not zero: only where there is some are the hidden pairs of a block told apart.
       if (!block.all_see(j, n)) {
-        hide(block, j, n);
-        if (!finite_[i / kQueries] || !all_finite(key.data, key.stride, n, p_.padded)) {
+        if (keys_finite < 0) keys_finite = all_finite(key.data, key.stride, tile, p_.padded);
+        if (!keys_finite || !finite_[i / kQueries] || !all_finite(weights_, kQueries, n, kQueries) ||
+            !all_finite(products_, kQueries, n, kQueries)) {
           add_seen(block, i, j, n, key);
           continue;
         }
@@ -213,20 +216,7 @@ class BackwardLocal {
   }
 
  private:
-  // Nothing of a hidden pair is left, not even NaN.
-  void hide(const Block& block, int64_t j, int64_t n) const {
-    for (int64_t k = 0; k < n; ++k) {
-      for (int v = 0; v < kVectors; ++v) {
-        const IntVector seers = block.seers(j + k, v);
-        float* weight = weights_ + k * kQueries + v * kLanes;
-        float* product = products_ + k * kQueries + v * kLanes;
-        store(weight, seers ? load(weight) : Vector{});
-        store(product, seers ? load(product) : Vector{});
-      }
-    }
-  }
-
-  // What add_pair does with the pairs, for those alone that are visible: zero times NaN is not zero.
+  // What add_pair does with all pairs of a block, for those alone that are visible.
   void add_seen(const Block& block, int64_t i, int64_t j, int64_t n, const Rows& key) const {
     const int64_t at = ((b_ * p_.G + g_) * p_.S + j) * p_.padded;
     for (int64_t k = 0; k < n; ++k) {
@@ -275,7 +265,7 @@ class BackwardLocal {
   Buffer<float> weights_, products_;      // [kTile, kQueries]
   Buffer<float> lse_, weight_, offset_;   // [kPair]
   Buffer<uint32_t> dropout_row_;          // [kPair]
-  bool finite_[kPair / kQueries];         // of each kQueries queries and gradients
+  bool finite_[kPair / kQueries];         // of each kQueries queries and their gradients
 };
 
 inline void round_rows(const MemoryAttentionParams& p, const float* sums, void* rows, int64_t first,
