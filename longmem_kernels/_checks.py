@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -42,11 +45,14 @@ class Sizes:
         A number among the symbols is a size of its own.
 
         Raises:
-            TypeError: not a tensor.
+            TypeError: not a tensor, or one that is not strided (sparse, nested).
             ValueError: wrong rank, or a size that contradicts an earlier argument.
         """
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.op}: {name} must be a tensor [{symbols}], got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout)
+            raise TypeError(f"{self.op}: {name} must be a strided tensor [{symbols}], got a {kind} one")
         axes = symbols.split()
         shape = tuple(tensor.shape)
         if len(shape) != len(axes):
@@ -76,6 +82,41 @@ class Sizes:
             raise ValueError(
                 f"{self.op}: query heads H must be a multiple of key/value heads G, got H={heads}, G={kv_heads}"
             )
+
+
+def check_integer(op: str, name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` as an int from `low` to `high`: of Python or NumPy, not a truth value."""
+    wanted = f"an integer of at least {low}" + ("" if high is None else f" and at most {high}")
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be {wanted}, got {_shown(value)}")
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{op}: {name} must be {wanted}, got {number}")
+    return number
+
+
+def check_number(op: str, name: str, value: object) -> float:
+    """`value` as a finite float: of Python or NumPy, not a truth value."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a number, got {_shown(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return float(value)
+
+
+def check_truth(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
+
+
+def check_frozen(op: str, why: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{op}: {name} must not require grad: {why}; pass a detached tensor")
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -148,3 +189,8 @@ def _forward_mode() -> bool:
 def packed(tensor: Tensor | None) -> Tensor | None:
     """A small vector argument with the unit stride that kernels count on; `tensor[::2]` and `expand` have another."""
     return None if tensor is None else tensor.contiguous()
+
+
+def packed_last_axis(tensor: Tensor) -> Tensor:
+    """A tensor of ids whose last axis kernels may read as an array; other axes keep their strides."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -39,6 +39,8 @@ def memory_fused_attention(
     Raises:
         ValueError, TypeError, RuntimeError: as both operations.
     """
+    if not isinstance(ring, Ring):
+        raise TypeError(f"memory_fused_attention: ring must be a longmem_kernels.Ring, got {type(ring).__name__}")
     searching = query if memory_query is None else memory_query
     # The implementation asked for is one of memory_attention's; chunk_topk has the same names.
     impl = options.get("impl", "auto")

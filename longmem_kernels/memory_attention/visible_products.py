@@ -19,14 +19,14 @@ def visible_scores(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
     """[..., T, S], query [..., T, D] times key [..., S, D] where `visible` [..., T, S], else 0."""
     if torch.compiler.is_compiling():  # which traces neither choices by value nor forward-mode rules
         return (query[..., None, :] * _as_seen(key, visible)).sum(-1)
-    return _Scores.apply(query, key, visible)  # type: ignore[no-any-return]
+    return _Scores.apply(query, key, visible)
 
 
 def visible_sum(weight: Tensor, rows: Tensor, visible: Tensor) -> Tensor:
     """[..., T, D], for each query the sum of the rows [..., S, D] it sees, times `weight` [..., T, S]."""
     if torch.compiler.is_compiling():
         return (torch.where(visible, weight, 0.0)[..., None] * _as_seen(rows, visible)).sum(-2)
-    return _Sum.apply(weight, rows, visible)  # type: ignore[no-any-return]
+    return _Sum.apply(weight, rows, visible)
 
 
 def _as_seen(rows: Tensor, visible: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class _Product(torch.autograd.Function):
             x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)
             for x, axis in zip(tensors, in_dims, strict=True)
         )
-        return cls.apply(*moved), 0  # type: ignore[no-untyped-call]
+        return cls.apply(*moved), 0
 
 
 class _Scores(_Product):
