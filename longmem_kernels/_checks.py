@@ -81,6 +81,7 @@ class Sizes:
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(
                 f"{self.op}: query heads H must be a multiple of key/value heads G, got H={heads}, G={kv_heads}"
+                f" in {self.origin['H']} and {self.origin['G']}"
             )
 
 
@@ -116,7 +117,7 @@ def _shown(value: object) -> str:
 def check_frozen(op: str, why: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{op}: {name} must not require grad: {why}; pass a detached tensor")
+            raise ValueError(f"{op}: {name} must not require grad: {why}; got one that does, pass a detached one")
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -127,6 +128,8 @@ def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, 
 
 def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{op}: {name} must be on {device} like the first argument, got {tensor.device}")
 

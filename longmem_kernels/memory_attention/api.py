@@ -191,16 +191,16 @@ def _seed(op: str, dropout_p: float, dropout_seed: Tensor | int | None, device: 
     if dropout_seed is None:
         return torch.randint(2**63 - 1, (1,), device=device) if dropout_p else None
     if isinstance(dropout_seed, Tensor):
-        if dropout_seed.shape != (1,) or dropout_seed.dtype != torch.int64 or dropout_seed.device != device:
+        Sizes(op).bind("dropout_seed", dropout_seed, "1")
+        if dropout_seed.dtype != torch.int64 or dropout_seed.device != device:
             raise ValueError(
-                f"{op}: dropout_seed must be an integer or int64 of shape (1,) on {device}, got {dropout_seed.dtype}"
-                f" {tuple(dropout_seed.shape)} on {dropout_seed.device}"
+                f"{op}: dropout_seed must be an integer or int64 [1] on {device}, got {dropout_seed.dtype}"
+                f" on {dropout_seed.device}"
             )
         return dropout_seed if dropout_p else None
     if not isinstance(dropout_seed, Integral) or isinstance(dropout_seed, bool):
         raise TypeError(
-            f"{op}: dropout_seed must be an integer or int64 of shape (1,) on {device},"
-            f" got {type(dropout_seed).__name__}"
+            f"{op}: dropout_seed must be an integer or int64 [1] on {device}, got {type(dropout_seed).__name__}"
         )
     if not -(2**63) <= dropout_seed < 2**63:
         raise ValueError(f"{op}: dropout_seed must fit into 64 bits, got {dropout_seed}")

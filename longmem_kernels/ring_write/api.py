@@ -56,10 +56,8 @@ def ring_write(
         RuntimeError: `impl` cannot run here; or, on CUDA, more than 2^30 tokens or 65,535 heads in one call.
     """
     op = "ring_write"
-    if not isinstance(ring, Ring):
-        raise TypeError(f"{op}: ring must be a longmem_kernels.Ring, got {type(ring).__name__}")
     sizes = Sizes(op)
-    _check_ring(op, ring, sizes)
+    check_ring(op, ring, sizes)
     sizes.bind("key", key, "B G T D")
     sizes.bind("value", value, "B G T D")
     check_dtype(op, "key", key, COMPUTE_DTYPES)
@@ -89,12 +87,8 @@ def _apart(ring: Ring, tokens: Tensor) -> Tensor:
     """`tokens`, copied when they lie in the memory that is about to be written."""
     if torch.compiler.is_compiling() or tokens.is_meta:
         return tokens
-    storage = tokens.untyped_storage().data_ptr()
-    return (
-        tokens.clone()
-        if any(part.untyped_storage().data_ptr() == storage for part in _parts(ring).values())
-        else tokens
-    )
+    written = {part.untyped_storage().data_ptr() for part in _parts(ring).values()}
+    return tokens.clone() if tokens.untyped_storage().data_ptr() in written else tokens
 
 
 def _parts(ring: Ring) -> dict[str, Tensor]:
@@ -102,8 +96,10 @@ def _parts(ring: Ring) -> dict[str, Tensor]:
     return {f"ring.{name}": getattr(ring, name) for name in names}
 
 
-def _check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
+def check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
     """Kernels write through bare pointers into all its tensors: each must have the size and dtype they count on."""
+    if not isinstance(ring, Ring):
+        raise TypeError(f"{op}: ring must be a longmem_kernels.Ring, got {type(ring).__name__}")
     sizes.bind("ring.store", ring.store, "R G M 2 C D")
     sizes.bind("ring.centroid", ring.centroid, "R G M D")
     sizes.bind("ring.tail", ring.tail, "R G 2 C D")
