@@ -32,6 +32,7 @@ class Subject:
         frozen: tensors that must not require grad.
         untried: arguments, and parts of them, that are not tried.
         called: what messages call an argument, where not by its name.
+        passes_to: the function that takes its other keyword arguments.
     """
 
     name: str
@@ -44,10 +45,16 @@ class Subject:
     frozen: tuple[str, ...] = ()
     untried: tuple[str, ...] = ()
     called: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    passes_to: Callable[..., Any] | None = None
 
     def parameters(self) -> dict[str, inspect.Parameter]:
         found = inspect.signature(self.function).parameters
         return {name: p for name, p in found.items() if p.kind is not p.VAR_KEYWORD and name != "self"}
+
+    def optional(self, name: str) -> bool:
+        passed = {} if self.passes_to is None else inspect.signature(self.passes_to).parameters
+        parameter = {**passed, **self.parameters()}.get(name)
+        return parameter is not None and parameter.default is None
 
     def missing(self) -> list[str]:
         return [name for name in self.parameters() if name not in self.good and name not in self.untried]
@@ -56,8 +63,6 @@ class Subject:
         for name, value in self.good.items():
             if name in self.untried:
                 continue
-            parameter = self.parameters().get(name)
-            optional = parameter is not None and parameter.default is None
             if is_dataclass(value):
                 yield f"{name} is a list", name, {name: [1]}
                 for part in fields(value):
@@ -67,7 +72,7 @@ class Subject:
                     for what, bad in self.wrong_values(path, getattr(value, part.name), optional=False):
                         yield f"{path} {what}", path, {name: replace(value, **{part.name: bad})}
                 continue
-            for what, bad in self.wrong_values(name, value, optional):
+            for what, bad in self.wrong_values(name, value, self.optional(name)):
                 yield f"{name} {what}", name, {name: bad}
 
     def wrong_values(self, name: str, value: Any, optional: bool) -> Iterator[tuple[str, Any]]:

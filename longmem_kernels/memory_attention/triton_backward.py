@@ -281,7 +281,8 @@ def _key_value_grad(
     p_query += i_h * s_query_h
     p_grad += i_h * s_grad_h
     first_row = (i_b * H + i_h) * T
-    for start in range(begin, end, BT):
+    STAGES: tl.constexpr = 1 if CAREFUL else None  # registers are for the loops that usually run
+    for start in tl.range(begin, end, BT, num_stages=STAGES):
         o_t = start + tl.arange(0, BT)
         m_t = o_t < T
         o_query = S - T + o_t
@@ -302,27 +303,25 @@ def _key_value_grad(
         )  # fmt: skip
         b_weight = tl.exp2(b_score - b_base[None, :])
         b_value_dot = dot(b_value, tl.trans(b_grad))
-        b_kept = b_weight
-        if p_seed is not None:
-            m_kept = kept_by_dropout(dropout_rows(p_seed, o_row)[None, :], o_key[:, None], threshold)
-            b_kept = tl.where(m_kept, b_weight * kept_scale, 0.0)
         if CAREFUL:  # as in _query_grad
             m_seen = local_scores(
                 tl.zeros_like(b_score), None, o_query[None, :], o_key[:, None], S, scale,
                 p_key_mask, s_mask_s, window, CAUSAL, MASKED,
             ) == 0.0  # fmt: skip
-            b_kept = tl.where(m_seen, b_kept, 0.0)
-            b_kept = tl.where(m_seen & not_finite_rows(b_grad)[None, :], float("nan"), b_kept)
+            m_bad = not_finite_rows(b_query) | not_finite_rows(b_grad)
+            b_weight = tl.where(m_seen, tl.where(m_bad[None, :], float("nan"), b_weight), 0.0)
+            b_query = finite_numbers(b_query)
             b_grad = finite_numbers(b_grad)
-        b_value_grad += dot(narrow(b_kept, b_grad.dtype), b_grad)
         if p_seed is not None:
+            m_kept = kept_by_dropout(dropout_rows(p_seed, o_row)[None, :], o_key[:, None], threshold)
+            b_kept = tl.where(m_kept, b_weight * kept_scale, 0.0)
+            b_value_grad += dot(narrow(b_kept, b_grad.dtype), b_grad)
             b_score_grad = b_kept * b_value_dot + b_weight * b_offset[None, :]
         else:
+            b_value_grad += dot(narrow(b_weight, b_grad.dtype), b_grad)
             b_score_grad = b_weight * (b_value_dot + b_offset[None, :])
         if CAREFUL:
             b_score_grad = tl.where(m_seen, b_score_grad, 0.0)
-            b_score_grad = tl.where(m_seen & not_finite_rows(b_query)[None, :], float("nan"), b_score_grad)
-            b_query = finite_numbers(b_query)
         b_key_grad += dot(narrow(b_score_grad, b_query.dtype), b_query)
     return b_key_grad, b_value_grad
 

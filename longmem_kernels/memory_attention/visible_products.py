@@ -36,13 +36,21 @@ def _as_seen(rows: Tensor, visible: Tensor) -> Tensor:
 
 def _sum(weight: Tensor, rows: Tensor, visible: Tensor) -> Tensor:
     weight = torch.where(visible, weight, 0.0)
-    if weight.numel() == 0 or rows.is_meta or bool(rows.isfinite().all()):
+    if weight.numel() == 0 or rows.is_meta or _all_finite(rows):
         return weight @ rows
     T = weight.shape[-2]
     step = max(1, _PAIRS_AT_ONCE // (weight.numel() // T * rows.shape[-1]))
     pieces = [slice(begin, begin + step) for begin in range(0, T, step)]
     sums = [(weight[..., t, :, None] * _as_seen(rows, visible[..., t, :])).sum(-2) for t in pieces]
     return torch.cat(sums, -2)
+
+
+def _all_finite(rows: Tensor) -> bool:
+    """False also where nobody can tell: batched gradients have no values yet."""
+    try:
+        return bool(rows.isfinite().all())
+    except RuntimeError:
+        return False
 
 
 class _Product(torch.autograd.Function):
