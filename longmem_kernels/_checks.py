@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPUTE_DTYPES = (*STORAGE_DTYPES, torch.float64)
@@ -42,11 +46,14 @@ class Sizes:
         A number among the symbols is a size of its own.
 
         Raises:
-            TypeError: not a tensor.
+            TypeError: not a tensor, or one that is not strided (sparse, nested).
             ValueError: wrong rank, or a size that contradicts an earlier argument.
         """
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.op}: {name} must be a tensor [{symbols}], got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout)
+            raise TypeError(f"{self.op}: {name} must be a strided tensor [{symbols}], got a {kind} one")
         axes = symbols.split()
         shape = tuple(tensor.shape)
         if len(shape) != len(axes):
@@ -75,7 +82,43 @@ class Sizes:
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(
                 f"{self.op}: query heads H must be a multiple of key/value heads G, got H={heads}, G={kv_heads}"
+                f" in {self.origin['H']} and {self.origin['G']}"
             )
+
+
+def check_integer(op: str, name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` as an int from `low` to `high`: of Python or NumPy, not a truth value."""
+    wanted = f"an integer of at least {low}" + ("" if high is None else f" and at most {high}")
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be {wanted}, got {_shown(value)}")
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{op}: {name} must be {wanted}, got {number}")
+    return number
+
+
+def check_number(op: str, name: str, value: object) -> float:
+    """`value` as a finite float: of Python or NumPy, not a truth value."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a number, got {_shown(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return float(value)
+
+
+def check_truth(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
+
+
+def check_frozen(op: str, why: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{op}: {name} must not require grad: {why}; got one that does, pass a detached one")
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -86,6 +129,8 @@ def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, 
 
 def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{op}: {name} must be on {device} like the first argument, got {tensor.device}")
 
@@ -172,6 +217,37 @@ class KernelArguments:
         self.require(ring_index is not None or R in (1, B), "ring_index is needed when R is neither 1 nor B", R, B)
 
 
+def constant(tensor: Tensor) -> Tensor:
+    """`tensor` without its part in differentiation, backward or forward."""
+    return forward_ad.unpack_dual(tensor.detach()).primal if _forward_mode() else tensor.detach()
+
+
+def check_differentiation(op: str, impl: str, *tensors: Tensor | None) -> None:
+    """Refuse the kinds of differentiation that PyTorch would leave out of a kernel without a word, or with one about
+    itself: forward mode and transforms of `torch.func`. The reference has both."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if _forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        kind = "forward-mode differentiation (torch.func.jvp, dual tensors)"
+    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not any(tensor.requires_grad for tensor in given):
+            return
+        kind = "torch.func's grad, vjp, jacrev and hessian"
+    else:
+        return
+    raise NotImplementedError(
+        f'{op}: {kind} is not implemented by impl={impl!r}; ask for impl="reference", or use torch.autograd'
+    )
+
+
+def _forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
 def packed(tensor: Tensor | None) -> Tensor | None:
     """A small vector argument with the unit stride that kernels count on; `tensor[::2]` and `expand` have another."""
     return None if tensor is None else tensor.contiguous()
+
+
+def packed_last_axis(tensor: Tensor) -> Tensor:
+    """A tensor of ids whose last axis kernels may read as an array; other axes keep their strides."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ._checks import Sizes, check_device, check_dtype, check_last_axis_contiguous
 from .chunk_topk import chunk_topk
 from .memory_attention import memory_attention
 from .ring import Ring
+from .ring_write.api import check_ring
 
 
 def memory_fused_attention(
@@ -39,6 +41,14 @@ def memory_fused_attention(
     Raises:
         ValueError, TypeError, RuntimeError: as both operations.
     """
+    sizes = Sizes("memory_fused_attention")
+    check_ring(sizes.op, ring, sizes)
+    sizes.bind("query", query, "B H T D")
+    if memory_query is not None:
+        sizes.bind("memory_query", memory_query, "B H T D")
+        check_dtype(sizes.op, "memory_query", memory_query, (query.dtype,))
+        check_device(sizes.op, query.device, memory_query=memory_query)
+        check_last_axis_contiguous(sizes.op, memory_query=memory_query)
     searching = query if memory_query is None else memory_query
     # The implementation asked for is one of memory_attention's; chunk_topk has the same names.
     impl = options.get("impl", "auto")

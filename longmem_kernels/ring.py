@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import COMPUTE_DTYPES, QUANTISED_DTYPE
+from ._checks import COMPUTE_DTYPES, QUANTISED_DTYPE, Sizes, check_device, check_dtype, check_integer
 
 MAX_CHUNK_SIZE = 64
 MAX_CURSOR = 2**48  # tokens ever written stay below: the CUDA kernel counts blocks in the bits above
+LARGEST = {"chunks": 2**31 - 1, "chunk_size": MAX_CHUNK_SIZE}  # of the sizes of a ring
 
 
 def rings_of_rows(ring_index: Tensor | None, rings: int, rows: int, device: torch.device) -> Tensor:
@@ -70,21 +71,21 @@ class Ring:
         """An empty Ring.
 
         Raises:
-            ValueError: a size below 1, `chunk_size` above 64, or more than 2^31 - 1 chunks.
-            TypeError: a dtype that memory cannot be stored in.
+            ValueError: a size below 1, `chunk_size` above 64, more than 2^31 - 1 chunks, or no device.
+            TypeError: a size that is no integer, or a dtype that memory cannot be stored in.
         """
         sizes = {"rings": rings, "kv_heads": kv_heads, "chunks": chunks, "chunk_size": chunk_size, "head_dim": head_dim}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"Ring.new: {name} must be at least 1, got {size}")
-        if chunk_size > MAX_CHUNK_SIZE:
-            raise ValueError(f"Ring.new: chunk_size must be at most {MAX_CHUNK_SIZE}, got {chunk_size}")
-        if chunks > 2**31 - 1:
-            raise ValueError(f"Ring.new: chunks must be at most 2^31 - 1, got {chunks}")
+            sizes[name] = check_integer("Ring.new", name, size, 1, LARGEST.get(name))
         if dtype not in (*COMPUTE_DTYPES, QUANTISED_DTYPE):
             raise TypeError(
                 f"Ring.new: dtype must be float32, bfloat16, float16, float64 or float8_e4m3fn, got {dtype}"
             )
+
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"Ring.new: device must be a device of PyTorch, got {device!r} ({error})") from None
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -140,9 +141,9 @@ class Ring:
         if rings is None:
             self.cursor.zero_()
             return
-        if rings.shape != self.cursor.shape or rings.dtype != torch.bool or rings.device != self.cursor.device:
-            raise ValueError(
-                f"Ring.reset: rings must be bool {tuple(self.cursor.shape)} on {self.cursor.device}, got {rings.dtype}"
-                f" {tuple(rings.shape)} on {rings.device}"
-            )
+        sizes = Sizes("Ring.reset")
+        sizes.bind("cursor", self.cursor, "R")
+        sizes.bind("rings", rings, "R")
+        check_dtype("Ring.reset", "rings", rings, (torch.bool,))
+        check_device("Ring.reset", self.cursor.device, rings=rings)
         self.cursor.masked_fill_(rings, 0)

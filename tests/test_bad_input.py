@@ -51,7 +51,7 @@ def assert_refused(op: str, call: Callable[[], object], error: type[Exception], 
             for size in (0, -3)
         ),
         bad("chunk_size 65", ValueError, ["chunk_size", "at most 64", "got 65"], chunk_size=65),
-        bad("2^31 chunks", ValueError, ["chunks", "at most 2^31 - 1", "got 2147483648"], chunks=2**31, device="meta"),
+        bad("2^31 chunks", ValueError, ["chunks", "at most 2147483647", "got 2147483648"], chunks=2**31, device="meta"),
         bad("integer dtype", TypeError, ["dtype", "float32", "got torch.int8"], dtype=torch.int8),
     ],
 )
@@ -197,8 +197,8 @@ def test_ring_write_refuses_a_ring_whose_parts_do_not_fit(
         bad("no slots", ValueError, ["M must be at least 1", "0 in centroid"], centroid=randn(R, G, 0, D)),
         bad("head groups", ValueError, ["H must be a multiple", "H=5, G=2"], query=randn(B, 5, T, D)),
         *(
-            bad(f"k = {k!r}", ValueError, ["k must be an integer from 1 to 64", f"got {k!r}"], k=k)
-            for k in (0, 65, -1, 1.5, None)
+            bad(f"k = {k!r}", error, ["k must be an integer of at least 1 and at most 64", f"got {k!r}"], k=k)
+            for k, error in ((0, ValueError), (65, ValueError), (-1, ValueError), (1.5, TypeError), (None, TypeError))
         ),
         bad("query dtype", TypeError, ["query must be one of float32", "got int32"], query=ones(B, H, T, D).int()),
         bad("centroid dtype", TypeError, ["centroid must be one of", "int8"], centroid=ones(R, G, M, D).to(torch.int8)),
@@ -352,7 +352,7 @@ def quantised(scale: object) -> Arguments:
             window=2,
             causal=False,
         ),
-        bad("window of nothing", ValueError, ["window must be at least 1", "window=0"], window=0),
+        bad("window of nothing", ValueError, ["window must be an integer of at least 1", "got 0"], window=0),
         bad("unknown impl", ValueError, ["impl must be one of auto, triton", "'flash'"], impl="flash"),
         bad("query of no kind", TypeError, ["query must be a tensor", "got NoneType"], query=None),
         bad(
@@ -396,16 +396,16 @@ def quantised(scale: object) -> Arguments:
         ),
         *(
             bad(f"dropout_p = {p}", ValueError, ["dropout_p must lie in [0, 1)", f"got {p}"], dropout_p=p)
-            for p in (1.0, -0.1, float("nan"))
+            for p in (1.0, -0.1)
         ),
-        bad("dropout_p of words", TypeError, ["dropout_p must be a number", "got str"], dropout_p="0.1"),
+        bad("dropout_p of words", TypeError, ["dropout_p must be a number", "got '0.1'"], dropout_p="0.1"),
         *(
             bad(f"dropout_seed {what}", error, ["dropout_seed", *pieces], dropout_p=0.1, dropout_seed=seed)
             for what, error, pieces, seed in (
                 ("too large", ValueError, ["64 bits", str(2**63)], 2**63),
                 ("too small", ValueError, ["64 bits", str(-(2**63) - 1)], -(2**63) - 1),
-                ("of a fraction", TypeError, ["an integer or int64 of shape (1,)", "float"], 0.5),
-                ("tensor's shape", ValueError, ["(1,)", "(2,)"], torch.tensor([1, 2])),
+                ("of a fraction", TypeError, ["an integer or int64 [1]", "float"], 0.5),
+                ("tensor's shape", ValueError, ["[1]", "(2,)"], torch.tensor([1, 2])),
                 ("tensor's dtype", ValueError, ["int64", "int32"], torch.tensor([1], dtype=torch.int32)),
                 ("tensor's device", ValueError, ["on cpu", "meta"], torch.tensor([1], device="meta")),
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hidden_numbers import check_seen, check_seen_by_none, check_unseen
 from memory_attention_suite import CASES, LARGE_CASES, Case, MemoryAttentionSuite, check
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -43,6 +44,21 @@ class TestTriton(MemoryAttentionSuite):
     def general(self, only: Callable[[str], None]) -> Iterator[None]:
         only("general")
         yield
+
+
+@pytest.mark.parametrize("name", ["window", "holes", "decode", "few"])
+def test_what_a_query_does_not_see_changes_nothing(name: str) -> None:
+    """Of the kernels for few queries, too: each case runs on those that its queries are for."""
+    check_unseen(name, "triton", DEVICE)
+
+
+def test_what_no_query_sees_changes_nothing() -> None:
+    check_seen_by_none("left_padding", "triton", DEVICE)
+
+
+@pytest.mark.parametrize("name", ["causal", "decode_window"])
+def test_what_is_not_finite_shows_where_it_is_seen(name: str) -> None:
+    check_seen(name, float("nan"), "triton", DEVICE)
 
 
 DECODED = ["joint_alibi_window", "gated_alibi_gqa", "not_causal", "one_query", "three_token_chunks", "long_chunks"]

@@ -116,8 +116,9 @@ def test_local_attention_multiplies_matrices_in_an_unmasked_loop() -> None:
     """On Hopper's tensor cores; the loop where causal attention spends its time has fewer instructions."""
     (launch,) = [x for x in op_launches(90) if x.name == "memory_attention_local_kernel"]
     loops = [[line for line in loop if "/*" in line] for loop in innermost_loops(disassembled(launch, 90))]
-    unmasked, masked = (loop for loop in loops if any("HGMMA" in line for line in loop))
-    assert len(unmasked) < 0.75 * len(masked)
+    unmasked, *others = sorted((loop for loop in loops if any("HGMMA" in line for line in loop)), key=len)
+    assert len(others) == 2  # masked, and the one that results with NaN are computed in once more
+    assert len(unmasked) < 0.75 * len(others[0])
 
 
 def search_launch(

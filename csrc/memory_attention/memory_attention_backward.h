@@ -24,7 +24,8 @@ struct QueryGrad {
     const float share = block.share(p.local_lse[row], p.memory_lse[row]);
     float local_delta = dot(grad, p.local_out + row * p.D, p.D);
     float memory_delta = dot(grad, p.memory_out + row * p.D, p.D);
-    dgate = p.gate ? share * (1.0f - share) * (memory_delta - local_delta) : 0.0f;
+    const bool gated = p.gate && p.memory_lse[row] != -kInfinity;
+    dgate = gated ? share * (1.0f - share) * (memory_delta - local_delta) : 0.0f;
     if (!p.gate) local_delta = memory_delta = (1.0f - share) * local_delta + share * memory_delta;
     local_weight = 1.0f - share;
     memory_weight = share;
@@ -172,6 +173,8 @@ class BackwardLocal {
         offset_[i + lane] = there ? p_.local_offset[row] : 0.0f;
         dropout_row_[i + lane] = dropout_.row(row);
       }
+      finite_[i / kQueries] = all_finite(query_rows_ + i * p_.padded, p_.padded, kQueries, p_.padded) &&
+                              all_finite(grad_rows_ + i * p_.padded, p_.padded, kQueries, p_.padded);
     }
   }
 
@@ -183,6 +186,7 @@ class BackwardLocal {
     const Rows key(all, p_.key, p_.key_stride, j, tile, key_rows_);
     const Rows value(all, p_.value, p_.value_stride, j, tile, value_rows_);
     const int64_t at = ((b_ * p_.G + g_) * p_.S + j) * p_.padded;
+    int keys_finite = -1;  // not known yet
     for (int64_t i = 0; first_ + i < end_; i += kQueries) {
       const Block block = block_at(i);
       const int64_t n = smaller(tile, block.end() - j);
@@ -191,6 +195,15 @@ class BackwardLocal {
       bias_scores(block, j, n, weights_);
       score_rows(value.data, value.stride, n, grad_ + i * p_.padded, p_.D, products_);
       differentiate(i, j, n);
+      // Zero times NaN is not zero: only where there is some are the hidden pairs of a block told apart.
+      if (!block.all_see(j, n)) {
+        if (keys_finite < 0) keys_finite = all_finite(key.data, key.stride, tile, p_.padded);
+        if (!keys_finite || !finite_[i / kQueries] || !all_finite(weights_, kQueries, n, kQueries) ||
+            !all_finite(products_, kQueries, n, kQueries)) {
+          add_seen(block, i, j, n, key);
+          continue;
+        }
+      }
       const float* query = query_rows_ + i * p_.padded;
       const float* grad = grad_rows_ + i * p_.padded;
       const int64_t padded = p_.padded;
@@ -203,6 +216,25 @@ class BackwardLocal {
   }
 
  private:
+  // What add_pair does with all pairs of a block, for those alone that are visible.
+  void add_seen(const Block& block, int64_t i, int64_t j, int64_t n, const Rows& key) const {
+    const int64_t at = ((b_ * p_.G + g_) * p_.S + j) * p_.padded;
+    for (int64_t k = 0; k < n; ++k) {
+      for (int64_t lane = 0; lane < block.count; ++lane) {
+        if (!block.seers(j + k, lane / kLanes)[lane % kLanes]) continue;
+        const float weight = weights_[k * kQueries + lane], product = products_[k * kQueries + lane];
+        add(p_.dvalue_sum + at + k * p_.padded, weight, grad_rows_ + (i + lane) * p_.padded);
+        add(p_.dkey_sum + at + k * p_.padded, product, query_rows_ + (i + lane) * p_.padded);
+        add(p_.dquery_sum + block.row(lane) * p_.padded, product, key.data + k * key.stride);
+      }
+    }
+  }
+
+  // sum [padded] += weight * row
+  void add(float* sum, float weight, const float* row) const {
+    for (int64_t d = 0; d < p_.padded; d += kLanes) store(sum + d, load(sum + d) + load(row + d) * weight);
+  }
+
   Block block_at(int64_t i) const { return Block(p_, b_, h_, first_ + i, end_); }
 
   // Scores and grad . value of keys j, j + 1, ... become what values weigh in the output, and the scores'
@@ -233,6 +265,7 @@ class BackwardLocal {
   Buffer<float> weights_, products_;      // [kTile, kQueries]
   Buffer<float> lse_, weight_, offset_;   // [kPair]
   Buffer<uint32_t> dropout_row_;          // [kPair]
+  bool finite_[kPair / kQueries];         // of each kQueries queries and their gradients
 };
 
 inline void round_rows(const MemoryAttentionParams& p, const float* sums, void* rows, int64_t first,

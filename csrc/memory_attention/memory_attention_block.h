@@ -26,6 +26,29 @@ inline void score_rows(const float* rows, int64_t row_stride, int64_t n, const f
   }
 }
 
+// Whether rows [n, width], whole vectors, hold neither NaN nor infinity: zero times those is no number.
+inline bool all_finite(const float* rows, int64_t row_stride, int64_t n, int64_t width) {
+  Vector total{};
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t d = 0; d < width; d += kLanes) total += load(rows + j * row_stride + d) * 0.0f;
+  }
+  return sum(total) == 0.0f;
+}
+
+inline Vector lane_numbers() {
+  Vector lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<float>(i);
+  return lane;
+}
+
+// `scores` of keys at `distance` from their queries, with distance bias, -inf where the key is not visible.
+inline Vector bias(const MemoryAttentionParams& p, float slope, Vector distance, Vector scores) {
+  Vector s = scores - distance * slope;
+  if (p.causal) s = distance < 0.0f ? fill(-kInfinity) : s;
+  if (p.window) s = distance >= static_cast<float>(p.window) ? fill(-kInfinity) : s;
+  return s;
+}
+
 // One block of consecutive queries of one head.
 struct Block {
   const MemoryAttentionParams& p;
@@ -86,6 +109,28 @@ struct Block {
     return false;
   }
 
+  // Whether all queries of the block see all keys [j, j + n), key mask aside.
+  bool all_near(int64_t j, int64_t n) const {
+    const int64_t query = p.S - p.T + first;
+    return (!p.causal || j + n - 1 <= query) && (!p.window || j > query + kQueries - 1 - p.window);
+  }
+
+  // The same, key mask included.
+  bool all_see(int64_t j, int64_t n) const {
+    if (!all_near(j, n)) return false;
+    for (int64_t i = j; p.key_mask && i < j + n; ++i) {
+      if (!*key_mask(i)) return false;
+    }
+    return true;
+  }
+
+  // Which queries of vector v of the block see key j.
+  IntVector seers(int64_t j, int v) const {
+    if (p.key_mask && !*key_mask(j)) return IntVector{};
+    const float distance = static_cast<float>(p.S - p.T + first + v * kLanes - j);
+    return bias(p, 0.0f, lane_numbers() + distance, Vector{}) == 0.0f;
+  }
+
   float sigmoid_of_gate() const { return 1.0f / (1.0f + std::exp(-p.gate[h])); }
 
   // The memory's share of a query's output.
@@ -117,26 +162,11 @@ struct Rows {
   }
 };
 
-inline Vector lane_numbers() {
-  Vector lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<float>(i);
-  return lane;
-}
-
-// `scores` of keys at `distance` from their queries, with distance bias, -inf where the key is not visible.
-inline Vector bias(const MemoryAttentionParams& p, float slope, Vector distance, Vector scores) {
-  Vector s = scores - distance * slope;
-  if (p.causal) s = distance < 0.0f ? fill(-kInfinity) : s;
-  if (p.window) s = distance >= static_cast<float>(p.window) ? fill(-kInfinity) : s;
-  return s;
-}
-
 // Applies distance bias and visibility to scores [n, kQueries] of keys j, j + 1, ...
 inline void bias_scores(const Block& block, int64_t j, int64_t n, float* scores) {
   const auto& p = block.p;
-  const int64_t last = j + n - 1, query = p.S - p.T + block.first;
-  const bool all_visible = (!p.causal || last <= query) && (!p.window || j > query + kQueries - 1 - p.window);
-  if (!all_visible || p.slopes) {
+  const int64_t query = p.S - p.T + block.first;
+  if (p.slopes || !block.all_near(j, n)) {
     const float slope = p.slopes ? p.slopes[block.h] : 0.0f;
     const Vector lane = lane_numbers();
     for (int64_t i = 0; i < n; ++i) {

@@ -33,7 +33,8 @@ class Piece {
         scores_(queries_ * kSplit),
         out_(p.padded),
         key_at_(kSplit),
-        value_at_(kSplit) {}
+        value_at_(kSplit),
+        seen_at_(kSplit) {}
 
   void run() {
     if (!any_visible()) return write_nothing();
@@ -77,10 +78,23 @@ class Piece {
     const Sum sum = exponentiate(scores, n_);
     if (dropout_.on) drop(block.row(0), scores);
     combine_scattered({p_.value, p_.type, value_at_, n_, p_.D}, scores, out_);
+    // As in Forward: hidden NaN and infinity, weighed with zero, show in the result.
+    if (!all_finite(out_, 0, 1, p_.padded) && !block.all_see(first_, n_)) combine_seen(block, scores);
     float* piece = piece_at(p_, block.row(0), split_);
     std::memcpy(piece, out_, p_.D * sizeof(float));
     piece[p_.D] = sum.maximum;
     piece[p_.D + 1] = sum.total;
+  }
+
+  // The output of the weights of those keys that the query sees; `weights` is overwritten.
+  void combine_seen(const Block& block, float* weights) const {
+    int64_t seen = 0;
+    for (int64_t j = 0; j < n_; ++j) {
+      if (!block.seers(first_ + j, 0)[0]) continue;
+      seen_at_[seen] = value_at_[j];
+      weights[seen++] = weights[j];
+    }
+    combine_scattered({p_.value, p_.type, seen_at_, seen, p_.D}, weights, out_);
   }
 
   // Distance bias and visibility.
@@ -109,10 +123,10 @@ class Piece {
   const MemoryAttentionParams& p_;
   const int64_t b_, g_, split_, first_, n_, queries_;
   const Dropout dropout_;
-  Buffer<float> query_;                // [queries, padded]
-  Buffer<float> scores_;               // [queries, kSplit]
-  Buffer<float> out_;                  // [padded]
-  Buffer<int64_t> key_at_, value_at_;  // [kSplit]
+  Buffer<float> query_;                          // [queries, padded]
+  Buffer<float> scores_;                         // [queries, kSplit]
+  Buffer<float> out_;                            // [padded]
+  Buffer<int64_t> key_at_, value_at_, seen_at_;  // [kSplit]
 };
 
 // Puts the pieces of a query together and attends to its memory.

@@ -40,6 +40,11 @@ class Forward {
 
   void run() {
     attend_local();
+    // NaN or infinity: seen, or hidden and weighed with zero, which is told apart only now that it matters.
+    if (!all_finite(local_, kQueries, p_.D, kQueries)) {
+      hidden_apart_ = true;
+      attend_local();
+    }
     for (int64_t i = 0; i < kQueries; i += kLanes) {
       for (int64_t d = 0; d < p_.D; d += kLanes)
         transpose(local_ + d * kQueries + i, kQueries, rows_ + i * p_.padded + d, p_.padded);
@@ -56,6 +61,7 @@ class Forward {
   void attend_local() {
     block_.load_queries(p_.query, p_.query_stride, p_.scale, rows_, query_);
     for (int v = 0; v < kVectors; ++v) maximum_[v] = fill(-kInfinity), total_[v] = Vector{};
+    std::memset(local_, 0, p_.padded * kQueries * sizeof(float));
     for (int64_t j = block_.begin(); j < block_.end(); j += kTile) {
       const int64_t n = smaller(kTile, block_.end() - j);
       if (!block_.any_shown(j, n)) continue;
@@ -65,7 +71,11 @@ class Forward {
       rescale(n);
       if (dropout_.on) drop(j, n);
       const Rows value(block_, p_.value, p_.value_stride, j, n, rows_);
-      add_weighted_rows(value.data, value.stride, n);
+      if (hidden_apart_ && !block_.all_see(j, n)) {
+        add_seen_rows(value.data, value.stride, j, n);
+      } else {
+        add_weighted_rows(value.data, value.stride, n);
+      }
     }
   }
 
@@ -114,7 +124,22 @@ class Forward {
     for (; d < p_.D; ++d) add_weighted<1>(rows, row_stride, n, d);
   }
 
-  // The same for dims [d, d + width).
+  // The same, of keys j, j + 1, ... to those queries that see them.
+  void add_seen_rows(const float* rows, int64_t row_stride, int64_t j, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        const IntVector seers = block_.seers(j + i, v);
+        const Vector weight = load(scores_ + i * kQueries + v * kLanes);
+        for (int64_t d = 0; d < p_.D; ++d) {
+          float* at = local_ + d * kQueries + v * kLanes;
+          const Vector before = load(at);
+          store(at, seers ? before + weight * rows[i * row_stride + d] : before);
+        }
+      }
+    }
+  }
+
+  // add_weighted_rows for dims [d, d + width).
   template <int width>
   void add_weighted(const float* rows, int64_t row_stride, int64_t n, int64_t d) const {
     Vector total[width][kVectors];
@@ -132,6 +157,7 @@ class Forward {
   const MemoryAttentionParams& p_;
   const Dropout dropout_;
   Memory memory_;
+  bool hidden_apart_ = false;  // values are not weighed with zero but left out where they are hidden
   Vector maximum_[kVectors], total_[kVectors];
   Buffer<float> query_, local_;  // [padded, kQueries]: scaled queries, unnormalised local outputs
   Buffer<float> scores_;         // [kTile, kQueries]

@@ -10,9 +10,11 @@ from .._checks import (
     Sizes,
     check_device,
     check_dtype,
+    check_integer,
     check_last_axis_contiguous,
     check_range,
     check_ring_index,
+    constant,
     packed,
 )
 from .._dispatch import choose
@@ -35,11 +37,12 @@ def chunk_topk(
     Kernels never write the [T, M] scores to memory. Exact means: the set, in the order, that inner products in float32
     give. Two chunks whose exact scores differ by less than the rounding of a D-term float32 sum may swap places.
     Ties go to the lower slot; NaN scores come after all numbers; where fewer than K chunks are stored, id -1 and score
-    -inf. No gradient flows: selection is not differentiable.
+    -inf. Selection is not differentiable: no gradient flows, of either mode, and scores never require grad.
 
     Args:
         query: [B, H, T, D] float32, bfloat16, float16 or float64. T = 0 gives empty results.
-        centroid: [R, G, M, D], mean keys of the chunks, H % G == 0; query head h searches head h // (H / G).
+        centroid: [R, G, M, D], mean keys of the chunks, H % G == 0; query head h searches head h // (H / G). The last
+            axis of both must be contiguous; all other strides, and those of other arguments, are free.
         k: K, chunks per query, 1 to 64.
         count: [R] int32 in [0, M], the first `count[r]` slots of ring r are searched (`Ring.count()`).
         ring_index: [B] int32 in [0, R). Left out: row b searches ring b when R == B, ring 0 when R == 1.
@@ -62,8 +65,7 @@ def chunk_topk(
     sizes.bind("count", count, "R")
     sizes.positive("H", "D", "R", "M")
     sizes.grouped()
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= MAX_K:
-        raise ValueError(f"{op}: k must be an integer from 1 to {MAX_K}, got {k!r}")
+    k = check_integer(op, "k", k, 1, MAX_K)
     check_dtype(op, "query", query, COMPUTE_DTYPES)
     check_dtype(op, "centroid", centroid, COMPUTE_DTYPES)
     check_dtype(op, "count", count, (torch.int32,))
@@ -72,7 +74,7 @@ def chunk_topk(
     check_ring_index(op, ring_index, sizes)
     check_range(op, "count", count, 0, sizes["M"] + 1)
 
-    query, centroid = query.detach(), centroid.detach()
+    query, centroid = constant(query), constant(centroid)
     count, ring_index = count.contiguous(), packed(ring_index)
     name = choose(op, impl, query.device, (query.dtype, centroid.dtype), sizes["D"])
     if name == "reference":

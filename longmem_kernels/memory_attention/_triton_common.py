@@ -6,6 +6,9 @@ of exponentials; share = 0 where no memory was found. So the kernels of either p
 
 Scores are kept in units of log 2, so that a weight is one `exp2` of a difference.
 
+A hidden key weighs zero, but zero times NaN or infinity is NaN. The loops over keys do not look for that: a program
+whose result is not finite computes it again, CAREFUL, with what is hidden left out.
+
 Per-row tensors that the kernels make (outputs, log-sum-exps, ...) are contiguous [B, H, T, ...] and addressed by row
 number (b * H + h) * T + t. Products with strides may pass 2^31: one factor is int64.
 """
@@ -162,6 +165,40 @@ def load_rows(p_rows, o_row, s_row, end, D: tl.constexpr, BD: tl.constexpr, CHEC
 
 
 @triton.jit
+def any_not_finite(b_tile):
+    """Whether a tile [rows, columns] of float32 holds NaN or infinity."""
+    return tl.max(tl.max((b_tile * 0.0 != 0.0).to(tl.int32), axis=1), axis=0) > 0
+
+
+@triton.jit
+def finite_numbers(b_rows):
+    """A tile with zeros for NaN and infinity."""
+    b_number = b_rows.to(tl.float32)
+    return narrow(tl.where(b_number * 0.0 == 0.0, b_number, 0.0), b_rows.dtype)
+
+
+@triton.jit
+def add_not_finite(
+    b_out, begin, end, p_value, s_value_s, o_query, p_key_mask, s_mask_s, window,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """b_out [BT, BD] with the values of keys begin ... end - 1 that are not finite, whatever they weigh."""
+    o_d = tl.arange(0, BD)
+    for i_key in range(begin, end):
+        b_value = tl.load(p_value + tl.cast(i_key, tl.int64) * s_value_s + o_d, mask=o_d < D, other=0.0)
+        b_value = b_value.to(tl.float32)
+        m_seen = o_query == o_query
+        if CAUSAL:
+            m_seen = i_key <= o_query
+        if window is not None:
+            m_seen = m_seen & (o_query - i_key < window)
+        if p_key_mask is not None:
+            m_seen = m_seen & (tl.load(p_key_mask + tl.cast(i_key, tl.int64) * s_mask_s) != 0)
+        b_out += tl.where(m_seen[:, None] & (b_value * 0.0 != 0.0)[None, :], b_value[None, :], 0.0)
+    return b_out
+
+
+@triton.jit
 def alibi_bias(slope, o_query, start, first, BS: tl.constexpr, MASKED: tl.constexpr):
     """What ALiBi adds to scores of keys start ... start + BS - 1, to broadcast to [BT, BS].
 
@@ -313,7 +350,7 @@ def token_scales(p_scale, p_bank, b_slot, m_there):
 def attend(
     b_query, b_max, b_sum, b_out, begin, end, p_key, p_value, s_key_s, s_value_s,
     o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, RISING: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, RISING: tl.constexpr, CAREFUL: tl.constexpr,
     D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One pass of flash attention over keys begin ... end - 1: the running maximum, sum and output after it."""
@@ -323,6 +360,8 @@ def attend(
         o_key = start + tl.arange(0, BS)
         b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
         b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)
+        if CAREFUL:
+            b_value = finite_numbers(b_value)
         b_dot = dot(b_query, tl.trans(b_key))
         if MASKED or not RISING or slope is not None or p_key_mask is not None:
             b_bias = None
@@ -336,7 +375,7 @@ def attend(
             b_weight = tl.exp2(b_score - b_base[:, None])
         else:  # scaling the maximum saves a multiplication of every score
             b_new_max = tl.maximum(b_max, tl.max(b_dot, axis=1) * (scale * LOG2E))
-            b_base = b_new_max
+            b_base = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
             b_weight = tl.exp2(b_dot * (scale * LOG2E) - b_base[:, None])
         b_shrink = tl.exp2(b_max - b_base)
         b_sum = b_sum * b_shrink + tl.sum(b_weight, axis=1)
@@ -346,6 +385,10 @@ def attend(
         b_max = b_new_max
     if slope is not None and not MASKED:
         b_max -= alibi_rows(slope, o_query, first)
+    if CAREFUL:
+        b_out = add_not_finite(
+            b_out, begin, end, p_value, s_value_s, o_query, p_key_mask, s_mask_s, window, CAUSAL, D, BD
+        )
     return b_max, b_sum, b_out
 
 

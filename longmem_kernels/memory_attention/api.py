@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,11 +14,17 @@ from .._checks import (
     QUANTISED_DTYPE,
     Sizes,
     check_device,
+    check_differentiation,
     check_dtype,
+    check_frozen,
+    check_integer,
     check_last_axis_contiguous,
+    check_number,
     check_range,
     check_ring_index,
+    check_truth,
     packed,
+    packed_last_axis,
 )
 from .._dispatch import choose
 from .reference import memory_attention_reference, memory_share
@@ -59,11 +66,12 @@ def memory_attention(
     of `scaled_dot_product_attention`; memory stays as it is stored.
 
     Args:
-        query: [B, H, T, D] float32, bfloat16, float16 (float64 in the reference).
+        query: [B, H, T, D] float32, bfloat16, float16 (float64 in the reference). Its last axis, and those of `key`,
+            `value`, `memory_query` and the memory, must be contiguous; all other strides are free, also of gradients.
         key, value: [B, G, S, D], S >= T and H % G == 0; the queries are the last T of the S positions. S = 0 is memory
             alone: no query sees a local key.
-        memory_key, memory_value: [R, G, M, C, D], any strides with a contiguous last axis (`Ring.key`, `Ring.value`).
-            Not differentiable: memory comes from a frozen encoder.
+        memory_key, memory_value: [R, G, M, C, D] (`Ring.key`, `Ring.value`). Not differentiable: memory comes from a
+            frozen encoder.
         chunk_ids: [B, H, T, K] int32, slots in [0, M), or -1 for none (`chunk_topk`). On CUDA, ids outside [-1, M), and
             all ids of a row whose ring does not exist, are treated as -1 unless `debug_checks(True)` makes them an
             error, as they always are on CPU. Compiled CPU code treats ids so, and raises RuntimeError for rings.
@@ -75,7 +83,7 @@ def memory_attention(
         gate: [H] logits, used in float32; needed by "gated", refused by "joint".
         scale: multiplies the scores, local and memory; default D^-0.5.
         alibi_slopes: [H], used in float32; local scores get `-slope * distance` (Press et al. 2022), memory
-            scores nothing.
+            scores nothing. Not differentiable.
         causal: a query sees no later key.
         window: a query sees only the last `window` positions, itself included; needs `causal`.
         key_mask: [B, S] bool, False for local keys that no query may see (padding). A query that sees no local key has
@@ -94,11 +102,14 @@ def memory_attention(
             exponentials of the scaled scores, -inf where nothing was seen; dropout has no part in them.
         memory_share: [B, H, T] float32, the weight that memory has in `out`: sigmoid(gate) or, joint, the memory's part
             of the softmax; 0 where no memory was found.
-        All of them are differentiable.
+        All of them are differentiable: any number of times and in forward mode by the reference, once and in reverse
+        mode by kernels, which refuse the rest. What a query does not see has no part in its results nor in gradients
+        that come from it, be it NaN or infinite; what it sees is computed with, and NaN stays NaN.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what was wanted and what came.
         RuntimeError: `impl` cannot run here.
+        NotImplementedError: differentiated as kernels are not, there or in the backward pass.
     """
     op = "memory_attention"
     query, key, value, memory_query = _autocast(query, key, value, memory_query)
@@ -123,12 +134,17 @@ def memory_attention(
     check_ring_index(op, ring_index, sizes)
     check_dtype(op, "chunk_ids", chunk_ids, (torch.int32,))
     check_range(op, "chunk_ids", chunk_ids, -1, sizes["M"])
-    _check_options(op, fusion, gate, causal, window)
+    window = _check_options(op, fusion, gate, causal, window)
+    check_truth(op, "return_lse", return_lse)
+    check_truth(op, "return_memory_share", return_memory_share)
+    scale = sizes["D"] ** -0.5 if scale is None else check_number(op, "scale", scale)
     _check_tensors(op, query, key, value, memory_query, memory_key, memory_value)
     _check_scale(op, sizes, memory_key, memory_scale)
+    check_frozen(op, "it is not differentiable", memory_scale=memory_scale, alibi_slopes=alibi_slopes)
     device = query.device
     check_device(op, device, chunk_ids=chunk_ids, ring_index=ring_index, gate=gate, alibi_slopes=alibi_slopes)
     check_device(op, device, memory_scale=memory_scale, key_mask=key_mask)
+    dropout_p = check_number(op, "dropout_p", dropout_p)
     seed = _seed(op, dropout_p, dropout_seed, device)
 
     name = choose(op, impl, device, (query.dtype, memory_key.dtype), sizes["D"])
@@ -136,14 +152,15 @@ def memory_attention(
     if name != "reference":
         gate, alibi_slopes = _float32(gate), _float32(alibi_slopes)
     arguments = (
-        query, key, value, memory_query, memory_key, memory_value, chunk_ids,
+        query, key, value, memory_query, memory_key, memory_value, packed_last_axis(chunk_ids),
         packed(memory_scale), packed(ring_index), gate, alibi_slopes, key_mask, seed,
-        fusion, sizes["D"] ** -0.5 if scale is None else float(scale), causal, window, float(dropout_p),
+        fusion, scale, causal, window, dropout_p,
     )  # fmt: skip
     if name == "reference":
         with _no_autocast(device.type):  # which would cast its matrix products once more
             out, local_lse, memory_lse = memory_attention_reference(*arguments)
     else:
+        check_differentiation(op, name, query, key, value, memory_query, memory_key, memory_value, gate, alibi_slopes)
         out, _, local_lse, _, memory_lse = getattr(torch.ops.longmem, f"memory_attention_{name}")(*arguments)
     extra: tuple[Tensor, ...] = (local_lse, memory_lse) if return_lse else ()
     if return_memory_share:
@@ -170,29 +187,25 @@ def _no_autocast(device: str) -> AbstractContextManager[Any]:
 
 def _seed(op: str, dropout_p: float, dropout_seed: Tensor | int | None, device: torch.device) -> Tensor | None:
     """int64 [1] on the device; None without dropout."""
-    if not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"{op}: dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {dropout_p}")
-    if dropout_p == 0:
-        return None
     if dropout_seed is None:
-        return torch.randint(2**63 - 1, (1,), device=device)
+        return torch.randint(2**63 - 1, (1,), device=device) if dropout_p else None
     if isinstance(dropout_seed, Tensor):
-        if dropout_seed.shape != (1,) or dropout_seed.dtype != torch.int64 or dropout_seed.device != device:
+        Sizes(op).bind("dropout_seed", dropout_seed, "1")
+        if dropout_seed.dtype != torch.int64 or dropout_seed.device != device:
             raise ValueError(
-                f"{op}: dropout_seed must be an integer or int64 of shape (1,) on {device}, got {dropout_seed.dtype}"
-                f" {tuple(dropout_seed.shape)} on {dropout_seed.device}"
+                f"{op}: dropout_seed must be an integer or int64 [1] on {device}, got {dropout_seed.dtype}"
+                f" on {dropout_seed.device}"
             )
-        return dropout_seed
-    if not isinstance(dropout_seed, int):
+        return dropout_seed if dropout_p else None
+    if not isinstance(dropout_seed, Integral) or isinstance(dropout_seed, bool):
         raise TypeError(
-            f"{op}: dropout_seed must be an integer or int64 of shape (1,) on {device},"
-            f" got {type(dropout_seed).__name__}"
+            f"{op}: dropout_seed must be an integer or int64 [1] on {device}, got {type(dropout_seed).__name__}"
         )
     if not -(2**63) <= dropout_seed < 2**63:
         raise ValueError(f"{op}: dropout_seed must fit into 64 bits, got {dropout_seed}")
-    return torch.tensor([dropout_seed], device=device)
+    return torch.tensor([int(dropout_seed)], device=device) if dropout_p else None
 
 
 def _check_vectors(op: str, sizes: Sizes, **vectors: Tensor | None) -> None:
@@ -213,14 +226,18 @@ def _check_scale(op: str, sizes: Sizes, memory_key: Tensor, memory_scale: Tensor
         check_dtype(op, "memory_scale", memory_scale, (torch.float32,))
 
 
-def _check_options(op: str, fusion: str, gate: Tensor | None, causal: bool, window: int | None) -> None:
+def _check_options(op: str, fusion: str, gate: Tensor | None, causal: bool, window: int | None) -> int | None:
     if fusion not in FUSIONS:
         raise ValueError(f"{op}: fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
     if (gate is not None) != (fusion == "gated"):
         wanted = "needs gate [H]" if fusion == "gated" else "takes no gate"
         raise ValueError(f"{op}: fusion={fusion!r} {wanted}, got {'none' if gate is None else 'one'}")
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"{op}: window must be at least 1 and needs causal=True, got window={window}, causal={causal}")
+    check_truth(op, "causal", causal)
+    if window is None:
+        return None
+    if not causal:
+        raise ValueError(f"{op}: window needs causal=True, got window={window!r}, causal={causal}")
+    return check_integer(op, "window", window, 1)
 
 
 def _check_tensors(
@@ -235,12 +252,8 @@ def _check_tensors(
         raise TypeError(
             f"{op}: memory_value must have the dtype of memory_key, {memory_key.dtype}, got {memory_value.dtype}"
         )
-    for name, tensor in (("memory_key", memory_key), ("memory_value", memory_value)):
-        if tensor.requires_grad:
-            raise ValueError(
-                f"{op}: {name} must not require grad: the memory bank comes from a frozen encoder and is not"
-                " differentiable; pass a detached tensor"
-            )
+    why = "the memory bank comes from a frozen encoder and is not differentiable"
+    check_frozen(op, why, memory_key=memory_key, memory_value=memory_value)
     check_device(op, query.device, key=key, value=value, memory_query=memory_query)
     check_device(op, query.device, memory_key=memory_key, memory_value=memory_value)
     check_last_axis_contiguous(op, query=query, key=key, value=value, memory_query=memory_query)

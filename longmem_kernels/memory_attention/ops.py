@@ -147,9 +147,17 @@ def _differentiate(
     return tuple(gradients)
 
 
+def _refuse(kernel: str, ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        f"memory_attention: gradients of gradients (create_graph=True) are not implemented by impl={kernel!r};"
+        ' ask for impl="reference", which is differentiable any number of times'
+    )
+
+
 for _kernel in KERNELS:
     torch.library.register_fake(f"longmem::memory_attention_{_kernel}", _fake)
     torch.library.register_fake(f"longmem::memory_attention_backward_{_kernel}", _fake_backward)
+    torch.library.register_autograd(f"longmem::memory_attention_backward_{_kernel}", partial(_refuse, _kernel))
     torch.library.register_autograd(
         f"longmem::memory_attention_{_kernel}", partial(_differentiate, _kernel), setup_context=_save
     )

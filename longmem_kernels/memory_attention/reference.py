@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ring import rings_of_rows
+from .visible_products import visible_scores, visible_sum
 
 
 def memory_attention_reference(
@@ -35,15 +36,16 @@ def memory_attention_reference(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     (B, H, T, _), (_, G, S, _) = query.shape, key.shape
     chunk_ids = _existing(chunk_ids, ring_index, memory_key.shape[0], memory_key.shape[2])
-    scores = query.to(dtype) @ key.to(dtype).repeat_interleave(H // G, 1).mT * scale
     # The queries are the last T of S positions.
     distance = torch.arange(S - T, S, device=query.device)[:, None] - torch.arange(S, device=query.device)
+    visible = _visible(distance, causal, window, key_mask).expand(B, H, T, S)
+    scores = visible_scores(query.to(dtype), key.to(dtype).repeat_interleave(H // G, 1), visible) * scale
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(dtype)[:, None, None] * distance
-    weight, local_lse = _softmax(scores, _visible(distance, causal, window, key_mask))
+    weight, local_lse = _softmax(scores, visible)
     if dropout_seed is not None:
         weight = weight * dropout_keep(dropout_seed, (B, H, T, S), dropout_p) / (1 - dropout_p)
-    local_out = weight @ value.to(dtype).repeat_interleave(H // G, 1)
+    local_out = visible_sum(weight, value.to(dtype).repeat_interleave(H // G, 1), visible)
 
     key_scale, value_scale = (None, None) if memory_scale is None else memory_scale.unbind(-1)
     chunk_key = _gather(memory_key, key_scale, chunk_ids, ring_index, dtype)
@@ -64,7 +66,8 @@ def memory_share(local_lse: Tensor, memory_lse: Tensor, gate: Tensor | None) -> 
     """
     found = memory_lse != -torch.inf
     if gate is not None:
-        return torch.sigmoid(gate.to(local_lse.dtype))[:, None] * found
+        # Hidden before and after: where nothing was found, no gate and no gradient of it, whatever they are.
+        return torch.where(found, torch.sigmoid(torch.where(found, gate.to(local_lse.dtype)[:, None], 0.0)), 0.0)
     return torch.sigmoid(torch.where(found, memory_lse, -torch.inf) - torch.where(found, local_lse, 0.0))
 
 
@@ -102,12 +105,16 @@ def _visible(distance: Tensor, causal: bool, window: int | None, key_mask: Tenso
 
 
 def _softmax(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the visible scores, zero when there are none, and their log-sum-exp."""
-    found = visible.any(-1, keepdim=True)
-    # A row without visible scores is replaced before its softmax can make NaN gradients.
-    scores = torch.where(found, scores.masked_fill(~visible, -torch.inf), 0.0)
+    """Softmax over the visible scores, zero when there are none above -inf, and their log-sum-exp."""
+    scores = scores.masked_fill(~visible, -torch.inf)
+    found = (scores != -torch.inf).any(-1, keepdim=True)
+    # Infinity minus infinity is no number: as the kernels have it, also in the log-sum-exp.
+    scores = scores + torch.where(scores == torch.inf, torch.nan, 0.0)
+    # A row without such scores is replaced before its softmax can make NaN gradients.
+    scores = torch.where(found, scores, 0.0)
     lse = torch.where(found, scores.logsumexp(-1, keepdim=True), -torch.inf).squeeze(-1)
-    return scores.softmax(-1) * found, lse
+    # A visible NaN makes the softmax of its row NaN: of what is visible there, and of nothing else.
+    return torch.where(visible & found, scores.softmax(-1), 0.0), lse
 
 
 def _existing(chunk_ids: Tensor, ring_index: Tensor | None, R: int, M: int) -> Tensor:

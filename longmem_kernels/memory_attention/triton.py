@@ -17,6 +17,7 @@ from longmem_kernels._triton import narrow, ring_of_row
 from longmem_kernels.memory_attention._triton_common import (
     LN2,
     LOG2E,
+    any_not_finite,
     attend,
     attend_tokens,
     bank_of,
@@ -119,18 +120,26 @@ def memory_attention_local_kernel(
         b_max, b_sum, b_out = attend(
             b_query, b_max, b_sum, b_out, begin, all_begin, p_key, p_value, s_key_s, s_value_s,
             o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
-            CAUSAL, True, RISING, D, BS, BD,
+            CAUSAL, True, RISING, False, D, BS, BD,
         )  # fmt: skip
     b_max, b_sum, b_out = attend(
         b_query, b_max, b_sum, b_out, all_begin, all_end, p_key, p_value, s_key_s, s_value_s,
         o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
-        CAUSAL, False, RISING, D, BS, BD,
+        CAUSAL, False, RISING, False, D, BS, BD,
     )  # fmt: skip
     b_max, b_sum, b_out = attend(
         b_query, b_max, b_sum, b_out, all_end, end, p_key, p_value, s_key_s, s_value_s,
         o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
-        CAUSAL, True, RISING, D, BS, BD,
+        CAUSAL, True, RISING, False, D, BS, BD,
     )  # fmt: skip
+
+    if any_not_finite(b_out):
+        b_max, b_sum, b_out = attend(
+            b_query, tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32),
+            tl.zeros([BT, BD], tl.float32), begin, end, p_key, p_value, s_key_s, s_value_s,
+            o_query, first, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
+            CAUSAL, True, RISING, True, D, BS, BD,
+        )  # fmt: skip
 
     b_out, b_lse = finish(b_max, b_sum, b_out)
     b_out *= kept_scale

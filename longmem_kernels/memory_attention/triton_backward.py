@@ -20,9 +20,11 @@ from longmem_kernels.memory_attention._triton_common import (
     LOG2E,
     alibi_bias,
     alibi_rows,
+    any_not_finite,
     bank_of,
     drop_threshold,
     dropout_rows,
+    finite_numbers,
     fusion_share,
     gather_tiles,
     kept_by_dropout,
@@ -42,9 +44,9 @@ def _base_and_offset(p_lse_grad, o_row, m_row, b_lse, b_part, b_dot):
     """Of rows of one part: `score - base` is the log of p, in units of log 2. No weight at all: base is +inf."""
     m_found = b_lse != float("-inf")
     # A part that has become 0 by rounding has gradients of its log-sum-exp.
-    b_part = tl.maximum(b_part, 2.0**-64)
+    b_part = tl.maximum(b_part, 2.0**-64, propagate_nan=tl.PropagateNan.ALL)
     b_base = tl.where(m_found, b_lse * LOG2E - tl.log2(b_part), float("inf"))
-    b_offset = -b_dot
+    b_offset = tl.where(m_found, -b_dot, 0.0)
     if p_lse_grad is not None:
         b_offset += tl.where(m_found, tl.load(p_lse_grad + o_row, mask=m_row, other=0.0) / b_part, 0.0)
     return b_base, b_offset
@@ -76,7 +78,8 @@ def memory_attention_offset_kernel(
 
     b_share = fusion_share(b_local_lse, b_memory_lse, p_gate, i_h)
     if p_gate is not None:
-        b_gate_grad = b_share * (1 - b_share) * (b_memory_dot - b_local_dot)  # share is 0 where nothing was found
+        b_gate_grad = b_share * (1 - b_share) * (b_memory_dot - b_local_dot)
+        b_gate_grad = tl.where(b_memory_lse != float("-inf"), b_gate_grad, 0.0)
         tl.store(p_gate_grad + o_row, b_gate_grad, mask=m_t)
     else:
         b_local_dot = (1 - b_share) * b_local_dot + b_share * b_memory_dot
@@ -139,7 +142,7 @@ def memory_attention_memory_query_grad_kernel(
             b_score *= b_key_scale
             b_value_dot *= b_value_scale
         b_weight = tl.exp2(tl.where(m_there, b_score - b_base[None, :], float("-inf")))
-        b_score_grad = b_weight * (b_value_dot + b_offset[None, :])
+        b_score_grad = tl.where(m_there, b_weight * (b_value_dot + b_offset[None, :]), 0.0)
         if p_scale is not None:
             b_score_grad *= b_key_scale
         b_query_grad += tl.sum(b_score_grad[:, :, None] * b_key, axis=0)
@@ -151,11 +154,18 @@ def memory_attention_memory_query_grad_kernel(
 
 
 @triton.jit
+def not_finite_rows(b_rows):
+    """Which rows of a tile [rows, BD] hold NaN or infinity."""
+    return tl.max((b_rows.to(tl.float32) * 0.0 != 0.0).to(tl.int32), axis=1) > 0
+
+
+@triton.jit
 def _query_grad(
     b_query_grad, begin, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
     b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
     b_row, p_seed, threshold, kept_scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """b_query_grad with what keys begin ... end - 1 add, not yet scaled."""
     if slope is not None and not MASKED:
@@ -177,6 +187,14 @@ def _query_grad(
             m_kept = kept_by_dropout(b_row[:, None], o_key[None, :], threshold)
             b_value_dot = tl.where(m_kept, b_value_dot * kept_scale, 0.0)
         b_score_grad = b_weight * (b_value_dot + b_offset[:, None])
+        if CAREFUL:  # what is multiplied by NaN becomes NaN before, where it is seen
+            m_seen = local_scores(
+                tl.zeros_like(b_score), None, o_query[:, None], o_key[None, :], S, scale,
+                p_key_mask, s_mask_s, window, CAUSAL, MASKED,
+            ) == 0.0  # fmt: skip
+            b_score_grad = tl.where(m_seen, b_score_grad, 0.0)
+            b_score_grad = tl.where(m_seen & not_finite_rows(b_key)[None, :], float("nan"), b_score_grad)
+            b_key = finite_numbers(b_key)
         b_query_grad += dot(narrow(b_score_grad, b_key.dtype), b_key)
     return b_query_grad
 
@@ -223,18 +241,25 @@ def memory_attention_query_grad_kernel(
         b_query_grad = _query_grad(
             b_query_grad, begin, all_begin, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
             b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
-            b_row, p_seed, threshold, kept_scale, CAUSAL, True, D, BS, BD,
+            b_row, p_seed, threshold, kept_scale, CAUSAL, True, False, D, BS, BD,
         )  # fmt: skip
     b_query_grad = _query_grad(
         b_query_grad, all_begin, all_end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
         b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
-        b_row, p_seed, threshold, kept_scale, CAUSAL, False, D, BS, BD,
+        b_row, p_seed, threshold, kept_scale, CAUSAL, False, False, D, BS, BD,
     )  # fmt: skip
     b_query_grad = _query_grad(
         b_query_grad, all_end, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
         b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
-        b_row, p_seed, threshold, kept_scale, CAUSAL, True, D, BS, BD,
+        b_row, p_seed, threshold, kept_scale, CAUSAL, True, False, D, BS, BD,
     )  # fmt: skip
+
+    if any_not_finite(b_query_grad):
+        b_query_grad = _query_grad(
+            tl.zeros([BT, BD], tl.float32), begin, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
+            b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
+            b_row, p_seed, threshold, kept_scale, CAUSAL, True, True, D, BS, BD,
+        )  # fmt: skip
 
     o_d = tl.arange(0, BD)
     p_query_grad += o_row[:, None] * D + o_d[None, :]
@@ -244,14 +269,21 @@ def memory_attention_query_grad_kernel(
 
 @triton.jit
 def _key_value_grad(
-    b_key_grad, b_value_grad, begin, end, b_key, b_value, p_query, p_grad, p_base, p_offset,
-    s_query_t, s_grad_t, first_row, o_key, last, T, S, scale, slope, p_key_mask, s_mask_s, window,
-    p_seed, threshold, kept_scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    b_key_grad, b_value_grad, begin, end, b_key, b_value, p_query, p_grad, p_slopes, p_base, p_offset,
+    i_b, i_h, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
+    p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Both gradients with what queries begin ... end - 1 of a head add. Scores are transposed: [BS, BT]."""
-    for start in range(begin, end, BT):
+    slope = None
+    if p_slopes is not None:
+        slope = tl.load(p_slopes + i_h).to(tl.float32) * LOG2E
+    p_query += i_h * s_query_h
+    p_grad += i_h * s_grad_h
+    first_row = (i_b * H + i_h) * T
+    STAGES: tl.constexpr = 1 if CAREFUL else None  # registers are for the loops that usually run
+    for start in tl.range(begin, end, BT, num_stages=STAGES):
         o_t = start + tl.arange(0, BT)
         m_t = o_t < T
         o_query = S - T + o_t
@@ -272,6 +304,15 @@ def _key_value_grad(
         )  # fmt: skip
         b_weight = tl.exp2(b_score - b_base[None, :])
         b_value_dot = dot(b_value, tl.trans(b_grad))
+        if CAREFUL:  # as in _query_grad
+            m_seen = local_scores(
+                tl.zeros_like(b_score), None, o_query[None, :], o_key[:, None], S, scale,
+                p_key_mask, s_mask_s, window, CAUSAL, MASKED,
+            ) == 0.0  # fmt: skip
+            m_bad = not_finite_rows(b_query) | not_finite_rows(b_grad)
+            b_weight = tl.where(m_seen, tl.where(m_bad[None, :], float("nan"), b_weight), 0.0)
+            b_query = finite_numbers(b_query)
+            b_grad = finite_numbers(b_grad)
         if p_seed is not None:
             m_kept = kept_by_dropout(dropout_rows(p_seed, o_row)[None, :], o_key[:, None], threshold)
             b_kept = tl.where(m_kept, b_weight * kept_scale, 0.0)
@@ -280,6 +321,8 @@ def _key_value_grad(
         else:
             b_value_grad += dot(narrow(b_weight, b_grad.dtype), b_grad)
             b_score_grad = b_weight * (b_value_dot + b_offset[None, :])
+        if CAREFUL:
+            b_score_grad = tl.where(m_seen, b_score_grad, 0.0)
         b_key_grad += dot(narrow(b_score_grad, b_query.dtype), b_query)
     return b_key_grad, b_value_grad
 
@@ -314,27 +357,35 @@ def memory_attention_key_value_grad_kernel(
     if window is not None:
         all_begin = tl.minimum(T, last + window - (S - T))
 
+    p_query += i_b * s_query_b
+    p_grad += i_b * s_grad_b
+
     b_key_grad = tl.zeros([BS, BD], tl.float32)
     b_value_grad = tl.zeros([BS, BD], tl.float32)
     for i_head in range(GROUP):
-        i_h = i_g * GROUP + i_head
-        slope = None
-        if p_slopes is not None:
-            slope = tl.load(p_slopes + i_h).to(tl.float32) * LOG2E
-        p_query_h = p_query + i_b * s_query_b + i_h * s_query_h
-        p_grad_h = p_grad + i_b * s_grad_b + i_h * s_grad_h
-        first_row = (i_b * H + i_h) * T
         if CAUSAL:
             b_key_grad, b_value_grad = _key_value_grad(
-                b_key_grad, b_value_grad, begin, all_begin, b_key, b_value, p_query_h, p_grad_h, p_base, p_offset,
-                s_query_t, s_grad_t, first_row, o_key, last, T, S, scale, slope, p_key_mask, s_mask_s, window,
-                p_seed, threshold, kept_scale, CAUSAL, True, D, BT, BD,
+                b_key_grad, b_value_grad, begin, all_begin, b_key, b_value, p_query, p_grad, p_slopes, p_base, p_offset,
+                i_b, i_g * GROUP + i_head, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
+                p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, True, False, D, BT, BD,
             )  # fmt: skip
         if window is None:
             b_key_grad, b_value_grad = _key_value_grad(
-                b_key_grad, b_value_grad, all_begin, T, b_key, b_value, p_query_h, p_grad_h, p_base, p_offset,
-                s_query_t, s_grad_t, first_row, o_key, last, T, S, scale, slope, p_key_mask, s_mask_s, window,
-                p_seed, threshold, kept_scale, CAUSAL, False, D, BT, BD,
+                b_key_grad, b_value_grad, all_begin, T, b_key, b_value, p_query, p_grad, p_slopes, p_base, p_offset,
+                i_b, i_g * GROUP + i_head, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
+                p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, False, False, D, BT, BD,
+            )  # fmt: skip
+    if any_not_finite(b_key_grad) | any_not_finite(b_value_grad):
+        b_key_grad = tl.zeros([BS, BD], tl.float32)
+        b_value_grad = tl.zeros([BS, BD], tl.float32)
+        end = T
+        if window is not None:
+            end = all_begin
+        for i_head in range(GROUP):
+            b_key_grad, b_value_grad = _key_value_grad(
+                b_key_grad, b_value_grad, begin, end, b_key, b_value, p_query, p_grad, p_slopes, p_base, p_offset,
+                i_b, i_g * GROUP + i_head, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
+                p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, True, True, D, BT, BD,
             )  # fmt: skip
 
     o_d = tl.arange(0, BD)

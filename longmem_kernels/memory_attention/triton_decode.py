@@ -18,6 +18,7 @@ from longmem_kernels.memory_attention._triton_common import (
     LN2,
     LOG2E,
     Bank,
+    any_not_finite,
     attend,
     attend_tokens,
     decode_tiles,
@@ -72,14 +73,22 @@ def _local_part(
         b_row = dropout_rows(p_seed, o_row)
 
     begin = first_key + i_part * keys_per_part
+    end = tl.minimum(begin + keys_per_part, S)
     b_max = tl.full([BT], float("-inf"), tl.float32)
     b_sum = tl.zeros([BT], tl.float32)
     b_out = tl.zeros([BT, BD], tl.float32)
     b_max, b_sum, b_out = attend(
-        b_query, b_max, b_sum, b_out, begin, tl.minimum(begin + keys_per_part, S), p_key, p_value, s_key_s, s_value_s,
+        b_query, b_max, b_sum, b_out, begin, end, p_key, p_value, s_key_s, s_value_s,
         S - T + o_t, 0, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
-        CAUSAL, True, False, D, BS, BD,
+        CAUSAL, True, False, False, D, BS, BD,
     )  # fmt: skip
+    if any_not_finite(b_out):
+        b_max, b_sum, b_out = attend(
+            b_query, tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32),
+            tl.zeros([BT, BD], tl.float32), begin, end, p_key, p_value, s_key_s, s_value_s,
+            S - T + o_t, 0, S, scale, slope, p_key_mask, s_mask_s, window, b_row, p_seed, threshold,
+            CAUSAL, True, False, True, D, BS, BD,
+        )  # fmt: skip
     b_out, b_lse = finish(b_max, b_sum, b_out)
     o_part = o_row * parts + i_part
     tl.store(p_part_out + o_part[:, None] * D + o_d[None, :], b_out, mask=m_row[:, None] & (o_d < D)[None, :])

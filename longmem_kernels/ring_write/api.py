@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,11 @@ from .._checks import (
     Sizes,
     check_device,
     check_dtype,
+    check_frozen,
     check_last_axis_contiguous,
     check_range,
     check_ring_index,
+    constant,
     packed,
 )
 from .._dispatch import choose
@@ -40,7 +44,8 @@ def ring_write(
     Args:
         ring: the memory, changed in place.
         key, value: [B, G, T, D] float32, bfloat16, float16 or float64, rounded to the dtype of `ring.tail`. No gradient
-            flows. T = 0 writes nothing.
+            flows. T = 0 writes nothing. The last axis must be contiguous; all other strides, and those of `ring_index`
+            and `mask`, are free. They may be views of the ring.
         ring_index: [B] int32 in [0, R), the ring of each row. Left out: row b writes ring b when R == B, ring 0 when
             R == 1.
         mask: [B, T] bool, False drops a token (padding).
@@ -55,10 +60,8 @@ def ring_write(
         RuntimeError: `impl` cannot run here; or, on CUDA, more than 2^30 tokens or 65,535 heads in one call.
     """
     op = "ring_write"
-    if not isinstance(ring, Ring):
-        raise TypeError(f"{op}: ring must be a longmem_kernels.Ring, got {type(ring).__name__}")
     sizes = Sizes(op)
-    _check_ring(op, ring, sizes)
+    check_ring(op, ring, sizes)
     sizes.bind("key", key, "B G T D")
     sizes.bind("value", value, "B G T D")
     check_dtype(op, "key", key, COMPUTE_DTYPES)
@@ -71,7 +74,7 @@ def ring_write(
     if mask is not None:
         sizes.bind("mask", mask, "B T")
         check_dtype(op, "mask", mask, (torch.bool,))
-    key, value, ring_index = key.detach(), value.detach(), packed(ring_index)
+    key, value, ring_index = _apart(ring, constant(key)), _apart(ring, constant(value)), packed(ring_index)
 
     name = choose(op, impl, ring.store.device, (key.dtype, ring.store.dtype), sizes["D"])
     if name == "reference":
@@ -81,12 +84,27 @@ def ring_write(
         kernel(ring.store, ring.centroid, ring.tail, ring.cursor, ring.scale, key, value, ring_index, mask)
         if not torch.compiler.is_compiling():
             # So that a backward pass that still needs the old content fails instead of reading the new one.
-            scale = () if ring.scale is None else (ring.scale,)
-            torch.autograd.graph.increment_version((ring.store, ring.centroid, *scale))
+            written = (ring.store, ring.centroid, *(() if ring.scale is None else (ring.scale,)))
+            torch.autograd.graph.increment_version([part for part in written if not part.is_inference()])
 
 
-def _check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
+def _apart(ring: Ring, tokens: Tensor) -> Tensor:
+    """`tokens`, copied when they lie in the memory that is about to be written."""
+    if torch.compiler.is_compiling() or tokens.is_meta:
+        return tokens
+    written = {part.untyped_storage().data_ptr() for part in _parts(ring).values()}
+    return tokens.clone() if tokens.untyped_storage().data_ptr() in written else tokens
+
+
+def _parts(ring: Ring) -> dict[str, Tensor]:
+    names = ("store", "centroid", "tail", "cursor", *(() if ring.scale is None else ("scale",)))
+    return {f"ring.{name}": getattr(ring, name) for name in names}
+
+
+def check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
     """Kernels write through bare pointers into all its tensors: each must have the size and dtype they count on."""
+    if not isinstance(ring, Ring):
+        raise TypeError(f"{op}: ring must be a longmem_kernels.Ring, got {type(ring).__name__}")
     sizes.bind("ring.store", ring.store, "R G M 2 C D")
     sizes.bind("ring.centroid", ring.centroid, "R G M D")
     sizes.bind("ring.tail", ring.tail, "R G 2 C D")
@@ -99,17 +117,28 @@ def _check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
         wanted = "a tensor [R, G, M, 2]" if quantised else "None"
         got = "None" if ring.scale is None else "a tensor"
         raise ValueError(f"{op}: ring.scale must be {wanted} beside a {ring.store.dtype} ring.store, got {got}")
-    parts = {name: getattr(ring, name) for name in ("store", "centroid", "tail", "cursor")}
     if ring.scale is not None:
         sizes.bind("ring.scale", ring.scale, "R G M 2")
         check_dtype(op, "ring.scale", ring.scale, (torch.float32,))
-        parts["scale"] = ring.scale
     check_dtype(op, "ring.store", ring.store, (*COMPUTE_DTYPES, QUANTISED_DTYPE))
     check_dtype(op, "ring.centroid", ring.centroid, (token_dtype(ring.store.dtype),))
     check_dtype(op, "ring.tail", ring.tail, (token_dtype(ring.store.dtype),))
     check_dtype(op, "ring.cursor", ring.cursor, (torch.int64,))
+    parts = _parts(ring)
+    check_frozen(op, "it is written in place", **parts)
     for name, tensor in parts.items():
         if tensor.device != ring.store.device:
-            raise ValueError(f"{op}: ring.{name} must be on {ring.store.device} like ring.store, got {tensor.device}")
+            raise ValueError(f"{op}: {name} must be on {ring.store.device} like ring.store, got {tensor.device}")
         if not tensor.is_contiguous():
-            raise ValueError(f"{op}: ring.{name} must be contiguous, got strides {tuple(tensor.stride())}")
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {tuple(tensor.stride())}")
+    _check_no_overlap(op, parts)
+
+
+def _check_no_overlap(op: str, parts: dict[str, Tensor]) -> None:
+    """What is written to one part must not appear in another."""
+    if torch.compiler.is_compiling() or any(part.is_meta for part in parts.values()):
+        return
+    begins = sorted((part.data_ptr(), part.nbytes, name) for name, part in parts.items())
+    for (begin, size, name), (next_begin, _, next_name) in pairwise(begins):
+        if next_begin < begin + size:
+            raise ValueError(f"{op}: the parts of ring must not overlap in memory, got {name} and {next_name} that do")
