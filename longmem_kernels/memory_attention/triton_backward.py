@@ -255,10 +255,11 @@ def memory_attention_query_grad_kernel(
     )  # fmt: skip
 
     if any_not_finite(b_query_grad):
+        SMALLER: tl.constexpr = BS // 2 if BS > 16 else BS  # in registers beside what the loops above take
         b_query_grad = _query_grad(
             tl.zeros([BT, BD], tl.float32), begin, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
             b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
-            b_row, p_seed, threshold, kept_scale, CAUSAL, True, True, D, BS, BD,
+            b_row, p_seed, threshold, kept_scale, CAUSAL, True, True, D, SMALLER, BD,
         )  # fmt: skip
 
     o_d = tl.arange(0, BD)
@@ -378,7 +379,7 @@ def memory_attention_key_value_grad_kernel(
     if any_not_finite(b_key_grad + b_value_grad):
         b_key_grad = tl.zeros([BS, BD], tl.float32)
         b_value_grad = tl.zeros([BS, BD], tl.float32)
-        SMALLER: tl.constexpr = BT // 2 if BT > 16 else BT  # in registers beside what the loops above take
+        SMALLER: tl.constexpr = BT // 2 if BT > 16 else BT
         end = T
         if window is not None:
             end = all_begin
