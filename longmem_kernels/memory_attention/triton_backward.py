@@ -170,7 +170,8 @@ def _query_grad(
     """b_query_grad with what keys begin ... end - 1 add, not yet scaled."""
     if slope is not None and not MASKED:
         b_base += alibi_rows(slope, o_query, first)
-    for start in range(begin, end, BS):
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    for start in tl.range(begin, end, BS, num_stages=STAGES):
         o_key = start + tl.arange(0, BS)
         b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
         b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)
@@ -255,10 +256,11 @@ def memory_attention_query_grad_kernel(
     )  # fmt: skip
 
     if any_not_finite(b_query_grad):
+        SMALLER: tl.constexpr = BS // 2 if BS > 16 else BS  # in registers beside what the loops above take
         b_query_grad = _query_grad(
             tl.zeros([BT, BD], tl.float32), begin, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
             b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
-            b_row, p_seed, threshold, kept_scale, CAUSAL, True, True, D, BS, BD,
+            b_row, p_seed, threshold, kept_scale, CAUSAL, True, True, D, SMALLER, BD,
         )  # fmt: skip
 
     o_d = tl.arange(0, BD)
@@ -375,9 +377,10 @@ def memory_attention_key_value_grad_kernel(
                 i_b, i_g * GROUP + i_head, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
                 p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, False, False, D, BT, BD,
             )  # fmt: skip
-    if any_not_finite(b_key_grad) | any_not_finite(b_value_grad):
+    if any_not_finite(b_key_grad + b_value_grad):
         b_key_grad = tl.zeros([BS, BD], tl.float32)
         b_value_grad = tl.zeros([BS, BD], tl.float32)
+        SMALLER: tl.constexpr = BT // 2 if BT > 16 else BT
         end = T
         if window is not None:
             end = all_begin
@@ -385,7 +388,7 @@ def memory_attention_key_value_grad_kernel(
             b_key_grad, b_value_grad = _key_value_grad(
                 b_key_grad, b_value_grad, begin, end, b_key, b_value, p_query, p_grad, p_slopes, p_base, p_offset,
                 i_b, i_g * GROUP + i_head, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
-                p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, True, True, D, BT, BD,
+                p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, True, True, D, SMALLER, BD,
             )  # fmt: skip
 
     o_d = tl.arange(0, BD)
