@@ -82,29 +82,32 @@ def find_torch() -> Torch | None:
 
 
 def other_python() -> str:
-    """The `python3` on PATH when that is another installation: pip often belongs to a Python nobody had in mind."""
+    """A remark on the `python3` on PATH when it is another installation and has PyTorch: pip often belongs to a Python
+    that nobody had in mind."""
     found = shutil.which("python3")
     if found is None:
         return ""
-    code = "import platform, sys; print(sys.prefix, platform.python_version())"
-    answer = subprocess.run([found, "-c", code], capture_output=True, text=True).stdout.split()
-    if len(answer) < 2 or answer[0] == sys.prefix:
+    code = "import platform, sys; from importlib.util import find_spec as find"
+    code += "; print(sys.prefix, platform.python_version(), find('torch'))"
+    run = subprocess.run([found, "-c", code], capture_output=True, text=True)
+    prefix, version, spec = run.stdout.strip().split(" ", 2) if run.returncode == 0 else (sys.prefix, "", "None")
+    if prefix == sys.prefix or spec == "None":
         return ""
-    return f"; `python3` is another installation, {found} ({answer[-1]}): `python3 -m pip` installs into that one"
+    return f" `python3` is another installation ({found}, {version}) and has PyTorch: `python3 -m pip` installs there."
 
 
 def why_no_torch(torch: Torch | None) -> str | None:
     if torch is None:
         places = ", ".join(str(folder.parent) for folder in torch_folders())
+        pip = f"{sys.executable} -m pip install torch"
         return (
-            f"PyTorch is not installed for {this_python()} (looked in {places}){other_python()}. The kernels are built"
-            " against it, so it comes first: `pip install torch`, or without a GPU"
-            " `pip install torch --index-url https://download.pytorch.org/whl/cpu`, then install with"
-            " `pip install --no-build-isolation`"
+            f"PyTorch, which the kernels are built against, is not installed for {this_python()}; looked in {places}."
+            f" `{pip}` comes first (without a GPU `{pip} --index-url https://download.pytorch.org/whl/cpu`), then this"
+            f" package with `pip install --no-build-isolation`.{other_python()}"
         )
     numbers = re.match(r"(\d+)\.(\d+)", torch.version)
     if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_TORCH:
-        return f"PyTorch 2.11 or later is needed, {torch.root} is {torch.version} ({this_python()}{other_python()})"
+        return f"PyTorch 2.11 or later is needed, {torch.root} is {torch.version}, of {this_python()}.{other_python()}"
     return None
 
 
@@ -128,6 +131,10 @@ def find_nvcc() -> str | None:
 def output_of(*command: str) -> str:
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return run.stdout.strip()
+
+
+def first_line(*command: str) -> str:
+    return output_of(*command).partition("\n")[0]
 
 
 def nvcc_version(nvcc: str) -> str:
@@ -177,19 +184,19 @@ class Plan(NamedTuple):
         wanted, torch, compiler = wanted_build(), find_torch(), find_compiler()
         nvcc = find_nvcc() if wanted in ("auto", "cuda") else None
         record["torch"] = f"{torch.version} ({torch.root})" if torch else None
-        record["compiler"] = (
-            f"{shlex.join(compiler)} ({output_of(*compiler, '--version').splitlines()[0]})" if compiler else None
-        )
+        record["compiler"] = f"{shlex.join(compiler)} ({first_line(*compiler, '--version')})" if compiler else None
         record["nvcc"] = f"{nvcc} ({nvcc_version(nvcc)})" if nvcc else None
         missing = [why_no_torch(torch)]
         if compiler is None:
-            missing.append(f"there is no C++ compiler: {os.environ.get('CXX') or 'c++, g++ or clang++'} is not on PATH")
+            named = os.environ.get("CXX")
+            sought = f"{named}, which CXX names, is not" if named else "none of c++, g++ and clang++ is"
+            missing.append(f"a C++ compiler is needed, {sought} on PATH.")
         if sys.platform != "linux":
-            missing.append(f"the kernels are built on Linux alone, this is {sys.platform}")
+            missing.append(f"the kernels are built on Linux alone, this is {sys.platform}.")
         if wanted == "cuda" and nvcc is None:
-            missing.append("LONGMEM_BUILD=cuda needs nvcc: put it on PATH or set CUDA_HOME")
+            missing.append("LONGMEM_BUILD=cuda needs nvcc: put it on PATH or set CUDA_HOME.")
         if any(missing):
-            raise BuildError("; ".join(filter(None, missing)))
+            raise BuildError(" ".join(filter(None, missing)))
         assert torch is not None and compiler is not None
         return cls("cuda" if nvcc else "cpu", torch, compiler, nvcc)
 
@@ -236,7 +243,7 @@ def environment_flags(name: str) -> list[str]:
 def jobs() -> int:
     wanted = os.environ.get("LONGMEM_BUILD_JOBS") or str(len(os.sched_getaffinity(0)))
     if not wanted.isdecimal() or int(wanted) == 0:
-        raise BuildError(f"LONGMEM_BUILD_JOBS must be a positive number, got {wanted!r}")
+        raise BuildError(f"LONGMEM_BUILD_JOBS must be a positive number, got {wanted!r}.")
     return int(wanted)
 
 
@@ -283,7 +290,7 @@ def call(command: Sequence[str]) -> None:
     if run.returncode != 0:
         lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
         told = next(filter(ERROR_LINE.search, lines), lines[0] if lines else f"exit status {run.returncode}")
-        raise BuildError(f"{Path(command[0]).name} failed: {told}")
+        raise BuildError(f"{Path(command[0]).name} failed, {told.rstrip('.')}.")
 
 
 class BuildKernels(build_ext):
@@ -300,10 +307,10 @@ class BuildKernels(build_ext):
             super().run()
         except BuildError as error:
             keep_record({**record, "reason": str(error), "log": str(LOG) if LOG.exists() else None}, None)
-            others = "LONGMEM_BUILD=none installs without kernels"
-            if record.get("nvcc"):
-                others = f"LONGMEM_BUILD=cpu leaves the CUDA kernels out, {others}"
-            raise BuildError(f"longmem was not built: {error}. ({others}.)") from None
+            without = "LONGMEM_BUILD=none installs without kernels"
+            if "nvcc" in str(error):
+                without = f"LONGMEM_BUILD=cpu leaves the CUDA kernels out, {without}"
+            raise BuildError(f"longmem was not built: {error} ({without}.)") from None
         in_place = self.editable_mode or self.inplace
         keep_record({**record, "result": self.plan.build}, None if in_place else self.build_lib)
 
