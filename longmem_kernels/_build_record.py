@@ -36,7 +36,7 @@ def why_missing(name: str) -> str:
     record = build_record()
     if record.get("result") == "failed":
         log = f" (the whole log: {record['log']})" if record.get("log") else ""
-        return f"{lacks}: {record.get('reason')}{log} Once that is mended, {again}"
+        return f"{lacks}: {record.get('reason')}{log} Once that is mended: {again}"
     if record.get("result") == "none":
         return f"{lacks}: it was installed with LONGMEM_BUILD=none; without that, {again}"
     other = next((path for path in sorted(PACKAGE.glob("_C.*")) if not _loads_here(path)), None)
