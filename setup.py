@@ -5,11 +5,13 @@ what does not compile, ends the installation with one line that says so: only LO
 kernels. `_build.json` beside the package keeps what was built, with what, and why not, for `longmem_kernels.info`.
 
 CXX, CXXFLAGS, CPPFLAGS, LDFLAGS, CUDA_HOME and TORCH_CUDA_ARCH_LIST (default 8.0;9.0) are honoured; LONGMEM_BUILD_JOBS
-sets how many compilers run at once. Nothing is downloaded.
+sets how many compilers run at once. LONGMEM_SANITIZE=address builds the C++ kernels with that sanitizer
+(CONTRIBUTING.md). Nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -44,6 +46,8 @@ LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 # Integers wrap around on overflow, as in Python's own extensions.
 COMPILE_FLAGS = ["-O3", "-g0", "-std=c++17", "-pthread", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-DNDEBUG"]
 WARNINGS = ["-Wall", "-Wno-unknown-pragmas"]
+SANITIZE = os.environ.get("LONGMEM_SANITIZE", "")
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1"] if SANITIZE else []
 # Vector instructions by source name: compiled always, chosen at run time.
 SIMD_FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]}
 
@@ -102,8 +106,8 @@ def why_no_torch(torch: Torch | None) -> str | None:
         pip = f"{sys.executable} -m pip install torch"
         return (
             f"PyTorch, which the kernels are built against, is not installed for {this_python()}; looked in {places}."
-            f" `{pip}` comes first (without a GPU `{pip} --index-url https://download.pytorch.org/whl/cpu`), then this"
-            f" package with `pip install --no-build-isolation`.{other_python()}"
+            f" `{pip}` comes first (without a GPU `{pip} --index-url https://download.pytorch.org/whl/cpu`)."
+            f" Installers that build elsewhere than pip does want --no-build-isolation.{other_python()}"
         )
     numbers = re.match(r"(\d+)\.(\d+)", torch.version)
     if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_TORCH:
@@ -128,6 +132,7 @@ def find_nvcc() -> str | None:
     return next((found for found in map(shutil.which, candidates) if found), None)
 
 
+@functools.cache
 def output_of(*command: str) -> str:
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return run.stdout.strip()
@@ -209,7 +214,8 @@ class Plan(NamedTuple):
             macros["LONGMEM_CUDA_ARCHITECTURES"] = " ".join(architectures())
         folders = [ROOT / "csrc", self.torch.root / "include", sysconfig.get_path("include")]
         flags = [f"-D{name}={value}" for name, value in macros.items()] + [f"-I{folder}" for folder in folders]
-        return [*COMPILE_FLAGS, *WARNINGS, *flags, *environment_flags("CPPFLAGS"), *environment_flags("CXXFLAGS")]
+        flags += [*WARNINGS, *SANITIZE_FLAGS]
+        return [*COMPILE_FLAGS, *flags, *environment_flags("CPPFLAGS"), *environment_flags("CXXFLAGS")]
 
     def cuda_flags(self) -> list[str]:
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()]
@@ -227,7 +233,7 @@ class Plan(NamedTuple):
     def link_command(self, objects: list[str], target: str) -> list[str]:
         # By name alone, found already loaded at run time. libtorch brings libtorch_cuda, where the current stream
         # comes from, when PyTorch has one; naming that would bind the extension to PyTorch built for CUDA.
-        flags = ["-shared", "-pthread", *environment_flags("CXXFLAGS"), *environment_flags("LDFLAGS")]
+        flags = ["-shared", "-pthread", *SANITIZE_FLAGS, *environment_flags("CXXFLAGS"), *environment_flags("LDFLAGS")]
         libraries = ["-Wl,--no-as-needed", f"-L{self.torch.root / 'lib'}", "-ltorch", "-ltorch_cpu"]
         if self.nvcc:
             # The static runtime: the extension loads on machines without CUDA.

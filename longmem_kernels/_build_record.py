@@ -31,7 +31,7 @@ def build_record() -> dict[str, Any]:
 def why_missing(name: str) -> str:
     """The reason why Python finds no compiled module `name` in this package, and what to do."""
     lacks = f"the compiled extension {name} was not built"
-    install = f"{sys.executable} -m pip install --no-build-isolation"
+    install = f"{sys.executable} -m pip install"
     again = f"`{install} {_what_to_install()}`"
     record = build_record()
     if record.get("result") == "failed":
@@ -58,7 +58,7 @@ def why_unloadable(name: str, error: ImportError) -> str:
     return (
         f"the compiled extension {name} does not load ({error}){made}; this is {_this_python()} with PyTorch"
         f" {torch.__version__} ({Path(torch.__file__).parent}): `{sys.executable} -m pip install --force-reinstall"
-        f" --no-deps --no-build-isolation {_what_to_install()}`"
+        f" --no-deps {_what_to_install()}`"
     )
 
 

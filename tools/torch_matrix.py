@@ -11,6 +11,7 @@ are. Prints a table last; logs, wheels and environments are in --out. Exits 1 wh
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -46,15 +47,17 @@ class Matrix:
     cells: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def step(self, release: str, column: str, *commands: list[str | Path], cwd: Path = ROOT, build: str = "") -> bool:
-        """Run `commands` until one fails, into one log. True when all passed."""
+        """Run `commands` until one fails, into one log. True when all passed. `build` is their LONGMEM_BUILD."""
         log = self.out / f"{name_of(release)}, {column}.log".replace(" ", "-").replace(",", "")
         passed = True
         with log.open("w") as file:
             for command in commands:
                 file.write(f"$ {shlex.join(map(str, command))}\n")
                 file.flush()
-                words = ["env", f"LONGMEM_BUILD={build}", *command] if build else command
-                passed = subprocess.run([*self.before, *words], cwd=cwd, stdout=file, stderr=file).returncode == 0
+                environment = {**os.environ, **({"LONGMEM_BUILD": build} if build else {})}
+                before = [] if column == "install" else self.before
+                run = subprocess.run([*before, *command], cwd=cwd, env=environment, stdout=file, stderr=file)
+                passed = run.returncode == 0
                 if not passed:
                     break
         told = re.findall(r"\d+ passed", log.read_text())
