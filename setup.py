@@ -107,7 +107,8 @@ def why_no_torch(torch: Torch | None) -> str | None:
         return (
             f"PyTorch, which the kernels are built against, is not installed for {this_python()}; looked in {places}."
             f" `{pip}` comes first (without a GPU `{pip} --index-url https://download.pytorch.org/whl/cpu`)."
-            f" Installers that build elsewhere than pip does want --no-build-isolation.{other_python()}"
+            " If the installer made that Python for the build alone, as uv does, it wants --no-build-isolation instead,"
+            f" with setuptools installed.{other_python()}"
         )
     numbers = re.match(r"(\d+)\.(\d+)", torch.version)
     if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_TORCH:
