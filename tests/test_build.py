@@ -21,6 +21,9 @@ import longmem_kernels
 from longmem_kernels import _build_record, _dispatch, _extension, chunk_topk, info
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tools"))
+import torch_matrix as matrix  # noqa: E402
+
 CUDA_SOURCES = sorted((ROOT / "csrc").glob("**/*.cu"))
 
 
@@ -253,6 +256,27 @@ def test_extras_hold_what_their_parts_import() -> None:
     assert needed["longmem/bench"] - optional <= extra("bench") - {"faiss-cpu"} | {"faiss", "flashlib"}
     rest = needed["longmem"] - needed["longmem/bench"] - optional - {"tokenizers"}
     assert rest <= extra("model") | extra("parquet") | extra("tensorboard") and "typer" in extra("bench")
+
+
+def test_the_oldest_torch_is_the_same_everywhere() -> None:
+    setup, project = (ROOT / "setup.py").read_text(), (ROOT / "pyproject.toml").read_text()
+    oldest = re.search(r"OLDEST_TORCH, TORCH_TARGET = \((\d+), (\d+)\), \"(0x\w+)\"", setup)
+    assert oldest is not None
+    major, minor = int(oldest[1]), int(oldest[2])
+    assert int(oldest[3], 16) == major << 56 | minor << 48
+    assert f'dependencies = ["torch>={major}.{minor}"]' in project
+    tried = re.findall(r"^\| (\d+\.\d+)\.\d+", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert tried[0] == f"{major}.{minor}" and {release.rpartition(".")[0] for release in matrix.RELEASES} <= {*tried}
+
+
+def test_the_matrix_shows_what_failed(tmp_path: Path) -> None:
+    tried = matrix.Matrix(tmp_path, before=[])
+    assert tried.step("2.11.0", "build cpu", ["echo", "12 passed"]) and tried.step("2.11.0", "install", ["true"])
+    assert not tried.step("2.14.1:python3.12", "build cpu", ["false"], ["echo", "3 passed"])
+    assert tried.table(["2.11.0", "2.14.1:python3.12"]).splitlines() == [
+        "| PyTorch | build cpu |", "| --- | --- |", "| 2.11.0 | 12 passed |", "| 2.14.1:python3.12 | FAILED |",
+    ]  # fmt: skip
+    assert "$ false" in (tmp_path / "2.14.1-python3.12-build-cpu.log").read_text()
 
 
 def test_setup_imports_nothing_that_reaches_the_network() -> None:
