@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -176,8 +177,12 @@ def _table(ops: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m longmem_kernels.info", description="What runs here, and why not.")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    as_json = parser.parse_args().json
     info = report()
-    print(json.dumps(info, indent=2) if parser.parse_args().json else render(info))
+    try:
+        print(json.dumps(info, indent=2) if as_json else render(info), flush=True)
+    except BrokenPipeError:  # the reader, `head` for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
