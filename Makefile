@@ -1,6 +1,7 @@
 # make quickstart   sets everything up, trains a memory around SmolLM2-135M on real texts, prints what it is worth
 # make test         sets everything up, runs all tests
 # make bench        every table and plot for this machine, kept under benchmarks/results; make readme puts them into README
+# make matrix       builds and tests with PyTorch 2.11 to 2.14; needs some 20 GB, ARGS="--help" tells how to need less
 # Settings: PYTHON=python3.12, TORCH=torch==2.11.0 (any 2.11 or later), ARGS="--data my-texts" for quickstart.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 CXX_FILES = $(filter csrc/%,$(SOURCES)) tests/cuda_on_cpu.h
 SOURCES := setup.py pyproject.toml longmem_kernels/_version.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: quickstart test lint format bench readme clean
+.PHONY: quickstart test lint format bench readme matrix clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/longmem quickstart $(ARGS)
@@ -36,14 +37,17 @@ bench: $(VENV)/installed
 readme: $(VENV)/installed
 	$(BIN)/python -m benchmarks.readme
 
+matrix:
+	$(PYTHON) tools/torch_matrix.py $(ARGS)
+
 # PyTorch first and pinned: what follows must not choose another one, and the extension is built against it.
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" "pybind11>=2.12" numpy
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" numpy
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[triton,model,bench,test,lint]"
 	$(BIN)/python -m longmem_kernels.info
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out *.egg-info longmem_kernels/_C*.so
+	rm -rf $(VENV) build out *.egg-info longmem_kernels/_C.*so longmem_kernels/_build.json

@@ -1,7 +1,6 @@
 // The Python module: importing it registers the kernels; `build_info` says how it was built and what it
-// found.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// found. Written against Python's limited API, so that one binary serves every Python from 3.10 on.
+#include <Python.h>
 
 #include <map>
 #include <string>
@@ -32,11 +31,40 @@ std::map<std::string, std::string> build_info() {
   return info;
 }
 
+PyObject* build_info_as_dict(PyObject*, PyObject*) {
+  PyObject* dict = PyDict_New();
+  if (dict == nullptr) return nullptr;
+  for (const auto& [name, text] : build_info()) {
+    PyObject* value = PyUnicode_FromString(text.c_str());
+    const bool failed = value == nullptr || PyDict_SetItemString(dict, name.c_str(), value) != 0;
+    Py_XDECREF(value);
+    if (failed) {
+      Py_DECREF(dict);
+      return nullptr;
+    }
+  }
+  return dict;
+}
+
+PyMethodDef methods[] = {
+    {"build_info", build_info_as_dict, METH_NOARGS,
+     "Version, compiler, SIMD level of this CPU, CUDA version and architectures ('' when built without "
+     "CUDA)."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "Compiled kernels of longmem_kernels.",
+    0,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of longmem_kernels.";
-  m.def("build_info", &build_info,
-        "Version, compiler, SIMD level of this CPU, CUDA version and architectures ('' when built without "
-        "CUDA).");
-}
+PyMODINIT_FUNC PyInit__C() { return PyModuleDef_Init(&definition); }

@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch
 
+from ._build_record import why_missing, why_unloadable
+
 library = torch.library.Library("longmem", "DEF")
 
 extension: ModuleType | None = None
@@ -22,12 +24,9 @@ def load_extension() -> None:
     try:
         extension = import_module(name)
     except ModuleNotFoundError:
-        load_error = (
-            f"the compiled extension {name} was not built: install a C++ compiler and reinstall (`pip install .`,"
-            " LONGMEM_BUILD=auto)"
-        )
+        load_error = why_missing(name)
     except ImportError as error:
-        load_error = f"the compiled extension {name} does not load ({error}): rebuild it (`pip install .`)"
+        load_error = why_unloadable(name, error)
     else:
         cuda_kernels = bool(build_info()["cuda"])
 

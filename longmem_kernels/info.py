@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import _dispatch, _extension
+from . import _build_record, _dispatch, _extension
 from ._version import __version__
 
 DEVICE_TYPES = ("cpu", "cuda")
@@ -33,9 +35,11 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype, head_dim: int) 
 def report() -> dict[str, Any]:
     """What `python -m longmem_kernels.info` prints, ready for JSON.
 
-    Keys: `versions`; `extension` (its build information, or `missing`: why there is none); `devices` (`cpu`, and `cuda`
-    with a list of `devices` and, when that is empty, the reason under `missing`); `ops` (per op `implementations`:
-    name -> device type -> null when it runs there, else the reason why not, and `auto`: device type -> the choice).
+    Keys: `versions`; `paths` (where longmem, Python, PyTorch and the extension are); `extension` (its build information
+    or `missing`: why there is none); `build` (what setup.py kept of the last build, see `_build_record`; empty when
+    there was none); `devices` (`cpu`, and `cuda` with a list of `devices` and, when that is empty, the reason under
+    `missing`); `ops` (per op `implementations`: name -> device type -> null when it runs there, else the reason why
+    not, and `auto`: device type -> the choice).
     """
     absent = _why_no_cuda()
     missing = {} if absent is None else {"cuda": absent}
@@ -46,6 +50,13 @@ def report() -> dict[str, Any]:
             "torch": torch.__version__,
             "triton": _installed_version("triton"),
         },
+        "paths": {
+            "longmem": str(Path(__file__).parent),
+            "python": sys.executable,
+            "torch": str(Path(torch.__file__).parent),
+            "extension": getattr(_extension.extension, "__file__", None),
+        },
+        "build": _build_record.build_record(),
         "extension": _extension.build_info() or {"missing": _extension.load_error},
         "devices": {
             "cpu": {"model": _cpu_model(), "threads": torch.get_num_threads()},
@@ -106,8 +117,11 @@ def _cuda_devices() -> list[dict[str, Any]]:
 
 def render(info: dict[str, Any]) -> str:
     """The report as text."""
-    lines = [f"{name:<10} {version or 'not installed'}" for name, version in info["versions"].items()]
-    lines += [f"{'extension':<10} {_describe_extension(info['extension'])}"]
+    lines = [
+        f"{name:<10} {version or 'not installed'}{_in_brackets(info['paths'].get(name))}"
+        for name, version in info["versions"].items()
+    ]
+    lines += [f"{'extension':<10} {_describe_extension(info['extension'])}", *_describe_build(info)]
     cpu, cuda = info["devices"]["cpu"], info["devices"]["cuda"]
     lines += [f"{'cpu':<10} {cpu['model']}, {cpu['threads']} threads"]
     lines += [
@@ -125,6 +139,21 @@ def _describe_extension(extension: dict[str, str]) -> str:
         return extension["missing"]
     cuda = f"CUDA {extension['cuda']} for sm {extension['cuda_architectures']}" if extension["cuda"] else "without CUDA"
     return f"{extension['version']}, {extension['compiler']}, SIMD {extension['simd']}, {cuda}"
+
+
+def _describe_build(info: dict[str, Any]) -> list[str]:
+    build = info["build"]
+    if not build:
+        return []
+    found = [f"{key} {build[key]}" for key in ("python", "torch", "compiler", "nvcc") if build.get(key)]
+    lines = [f"{'last build':<10} {build['result']} (LONGMEM_BUILD={build['wanted']}), {', '.join(found)}"]
+    if build["result"] == "failed" and "missing" not in info["extension"]:
+        lines += [f"{'':<10} {build['reason']}: the extension is of an earlier build"]
+    return lines
+
+
+def _in_brackets(path: str | None) -> str:
+    return f" ({path})" if path else ""
 
 
 def _table(ops: dict[str, Any]) -> list[str]:
@@ -148,8 +177,12 @@ def _table(ops: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m longmem_kernels.info", description="What runs here, and why not.")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    as_json = parser.parse_args().json
     info = report()
-    print(json.dumps(info, indent=2) if parser.parse_args().json else render(info))
+    try:
+        print(json.dumps(info, indent=2) if as_json else render(info), flush=True)
+    except BrokenPipeError:  # the reader, `head` for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

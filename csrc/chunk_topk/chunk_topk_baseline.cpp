@@ -6,7 +6,7 @@
 namespace longmem::baseline {
 // Bit i is set where a[i] > b[i]; false for NaN.
 template <typename V>
-inline uint32_t above(const V& a, const V& b) {
+inline uint32_t above(V a, V b) {
   uint32_t bits = 0;
   for (int i = 0; i < LONGMEM_SIMD_LANES; ++i) bits |= static_cast<uint32_t>(a[i] > b[i]) << i;
   return bits;

@@ -24,15 +24,6 @@ constexpr int kTogether = kLanes == 16 ? 4 : 2;
 
 constexpr int64_t kAhead = 32;  // rows between what is read and what is fetched
 
-template <int... lane>
-struct Lanes {};
-template <int n, int... lane>
-struct LanesUpTo : LanesUpTo<n - 1, n - 1, lane...> {};
-template <int... lane>
-struct LanesUpTo<0, lane...> {
-  using Type = Lanes<lane...>;
-};
-
 // Lane l of the sum below comes from this lane of a and b (counted on), and from the one `apart` further on.
 constexpr int source(int apart, int l) {
   const int within = l % (2 * apart);
@@ -42,13 +33,7 @@ constexpr int source(int apart, int l) {
 // Adds lanes that are `apart`: half the lanes of the result come from a, half from b.
 template <int apart, int... lane>
 inline Vector fold(Vector a, Vector b, Lanes<lane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, source(apart, lane)...) +
-         __builtin_shufflevector(a, b, (source(apart, lane) + apart)...);
-#else
-  return __builtin_shuffle(a, b, IntVector{source(apart, lane)...}) +
-         __builtin_shuffle(a, b, IntVector{source(apart, lane) + apart...});
-#endif
+  return shuffle<source(apart, lane)...>(a, b) + shuffle<(source(apart, lane) + apart)...>(a, b);
 }
 
 // One ring's head, one split of its slots, all queries that search it.
@@ -151,8 +136,7 @@ class FewTask {
       Vector low[n], high[n];
       rows<count / 2, n>(query, first, stride, low);
       rows<count / 2, n>(query, first + count / 2 * stride, stride, high);
-      for (int i = 0; i < n; ++i)
-        scores[i] = fold<count / 2>(low[i], high[i], typename LanesUpTo<kLanes>::Type{});
+      for (int i = 0; i < n; ++i) scores[i] = fold<count / 2>(low[i], high[i], AllLanes{});
     }
   }
 
@@ -172,7 +156,7 @@ class FewTask {
         for (int i = 0; i < n; ++i) total[i][j] += load(query + i * padded_ + d) * rest;
       }
     }
-    constexpr typename LanesUpTo<kLanes>::Type lanes;
+    constexpr AllLanes lanes;
     for (int i = 0; i < n; ++i) {
       const Vector(&t)[4] = total[i];
       scores[i] = fold<2>(fold<1>(t[0], t[1], lanes), fold<1>(t[2], t[3], lanes), lanes);

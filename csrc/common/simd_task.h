@@ -209,47 +209,63 @@ inline void store_row(const float* from, int64_t n, void* base, Scalar type, int
   }
 }
 
-// Lanes of a, counted from 0, and of b, counted from kLanes.
-inline Vector shuffle(Vector a, Vector b, IntVector lanes) { return __builtin_shuffle(a, b, lanes); }
+// 0 to n - 1 as template arguments. std::integer_sequence would be shared between instruction sets.
+template <int... lane>
+struct Lanes {};
+template <int n, int... lane>
+struct LanesUpTo : LanesUpTo<n - 1, n - 1, lane...> {};
+template <int... lane>
+struct LanesUpTo<0, lane...> {
+  using Type = Lanes<lane...>;
+};
+using AllLanes = typename LanesUpTo<kLanes>::Type;
 
-template <int width>
-inline void fold(Vector* v) {
-  IntVector low;
-  for (int i = 0; i < kLanes; ++i) low[i] = i / width * 2 * width + i % width;
+// Lanes of a, counted from 0, and of b, counted from kLanes. GCC has clang's builtin since version 12.
+template <int... from>
+inline Vector shuffle(Vector a, Vector b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, from...);
+#else
+  return __builtin_shuffle(a, b, IntVector{from...});
+#endif
+}
+
+constexpr int folded(int width, int lane) { return lane / width * 2 * width + lane % width; }
+
+template <int width, int... lane>
+inline void fold(Vector* v, Lanes<lane...> lanes) {
   for (int i = 0; i < width; ++i) {
     const Vector a = v[2 * i], b = v[2 * i + 1];
-    v[i] = shuffle(a, b, low) + shuffle(a, b, low + width);
+    v[i] = shuffle<folded(width, lane)...>(a, b) + shuffle<(folded(width, lane) + width)...>(a, b);
   }
-  if constexpr (width > 1) fold<width / 2>(v);
+  if constexpr (width > 1) fold<width / 2>(v, lanes);
 }
 
 // Lane i is the sum of the lanes of v[i], of which there are kLanes and which are overwritten.
 inline Vector sums(Vector* v) {
-  fold<kLanes / 2>(v);
+  fold<kLanes / 2>(v, AllLanes{});
   return v[0];
 }
 
-template <int width>
-inline void exchange(Vector* v) {
-  IntVector low, high;
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i & width ? kLanes + i - width : i;
-    high[i] = i & width ? kLanes + i : i + width;
-  }
+constexpr int exchanged_low(int width, int lane) { return lane & width ? kLanes + lane - width : lane; }
+constexpr int exchanged_high(int width, int lane) { return lane & width ? kLanes + lane : lane + width; }
+
+template <int width, int... lane>
+inline void exchange(Vector* v, Lanes<lane...> lanes) {
   for (int i = 0; i < kLanes; ++i) {
     if (i & width) continue;
     const Vector a = v[i], b = v[i + width];
-    v[i] = shuffle(a, b, low);
-    v[i + width] = shuffle(a, b, high);
+    v[i] = shuffle<exchanged_low(width, lane)...>(a, b);
+    v[i + width] = shuffle<exchanged_high(width, lane)...>(a, b);
   }
-  if constexpr (width > 1) exchange<width / 2>(v);
+  if constexpr (width > 1) exchange<width / 2>(v, lanes);
 }
 
 // Transposes a matrix of kLanes x kLanes.
 inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   Vector v[kLanes];
   for (int i = 0; i < kLanes; ++i) v[i] = load(from + i * from_stride);
-  exchange<kLanes / 2>(v);
+  exchange<kLanes / 2>(v, AllLanes{});
   for (int i = 0; i < kLanes; ++i) store(to + i * to_stride, v[i]);
 }
 

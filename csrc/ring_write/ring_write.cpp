@@ -90,12 +90,9 @@ void run_cuda(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, std::op
   if (p.B * p.T == 0) return;
   const int32_t device = store.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, kOp,
-                  ": this PyTorch was built without CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const char* error = ring_write_cuda(p, scalar_of(key.scalar_type(), kOp, "key"),
-                                      scalar_of(store.scalar_type(), kOp, "ring.store", true), stream);
+                                      scalar_of(store.scalar_type(), kOp, "ring.store", true),
+                                      current_cuda_stream(device, kOp));
   STD_TORCH_CHECK(error == nullptr, kOp, ": CUDA launch failed: ", error);
 }
 #endif
