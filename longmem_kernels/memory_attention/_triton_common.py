@@ -357,7 +357,7 @@ def attend(
     """One pass of flash attention over keys begin ... end - 1: the running maximum, sum and output after it."""
     if slope is not None and not MASKED:
         b_max += alibi_rows(slope, o_query, first)
-    STAGES: tl.constexpr = 1 if CAREFUL else None  # registers are for the loops that usually run
+    STAGES: tl.constexpr = 1 if CAREFUL and BS > 16 else None  # registers are for the loops that usually run
     for start in tl.range(begin, end, BS, num_stages=STAGES):
         o_key = start + tl.arange(0, BS)
         b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
