@@ -286,7 +286,7 @@ def _key_value_grad(
     p_query += i_h * s_query_h
     p_grad += i_h * s_grad_h
     first_row = (i_b * H + i_h) * T
-    STAGES: tl.constexpr = 1 if CAREFUL and BT > 16 else None  # registers are for the loops that usually run
+    STAGES: tl.constexpr = 1 if CAREFUL and p_query.dtype.element_ty != tl.float32 else None
     for start in tl.range(begin, end, BT, num_stages=STAGES):
         o_t = start + tl.arange(0, BT)
         m_t = o_t < T
