@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -131,18 +133,23 @@ def search_launch(
     return next(launch for launch in found if launch.name == "chunk_topk_search_kernel")
 
 
+def search_rows() -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row of the search's tables once, with the largest call that it is for."""
+    for capability in sorted(SHARED_BYTES):
+        for row in _tiles.table(capability)["chunk_topk_search_kernel"]["rows"]:
+            yield capability, {"how": "direct", "rows": 4096, "D": 256, "K": 64} | row
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", sorted(SHARED_BYTES))
-@pytest.mark.parametrize("k", [16, 32, 64])
-@pytest.mark.parametrize("tokens", [1, 512])
-@pytest.mark.parametrize("kind", ["bfloat16", "float32", "mixed"])
-def test_every_row_of_the_search_table_compiles_within_budget(kind: str, tokens: int, k: int, capability: int) -> None:
-    query = torch.float32 if kind == "float32" else torch.bfloat16
-    centroid = torch.bfloat16 if kind == "bfloat16" else torch.float32
-    for head_dim in (64, 128, 256):
-        usage = compile_for(search_launch(capability, query, centroid, tokens, head_dim, k), capability)
-        print(f"{kind} T={tokens} D={head_dim} K={k} sm_{capability} {usage}")
-        assert usage.fits(capability), f"D={head_dim}: {usage}"
+@pytest.mark.parametrize(("capability", "row"), list(search_rows()), ids=str)
+def test_every_row_of_the_search_table_compiles_within_budget(capability: int, row: dict[str, Any]) -> None:
+    query = torch.bfloat16 if row["how"] == "direct" else torch.float32
+    tokens = 1 if row["how"] == "fine" or row["rows"] <= 16 else 512
+    launch = search_launch(capability, query, query, tokens, row["D"], row["K"])
+    assert row["use"].items() <= (launch.arguments | launch.options | {"PIECE": row["use"]["PIECE"]}).items()
+    usage = compile_for(launch, capability)
+    print(usage)
+    assert usage.fits(capability), str(usage)
 
 
 # Instructions that a score costs in the two loops of the search, where nothing is worth keeping.
