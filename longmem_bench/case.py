@@ -73,7 +73,7 @@ class Case:
     @cached_property
     def inputs(self) -> Any:
         if self.op in MODEL_OPS:
-            from .providers import models  # needs transformers
+            from . import models  # needs transformers
 
             return models.draw(self.op, self.shape, self.device, self.seed)
         return draw(self.op.removesuffix("_backward"), self.shape, self.device, self.seed)
@@ -81,7 +81,7 @@ class Case:
     @cached_property
     def verifier(self) -> Any:
         if self.op in MODEL_OPS:
-            from .providers.models import ModelVerifier
+            from .verify_models import ModelVerifier
 
             return ModelVerifier(self.inputs)
         return Verifier(self.op, self.inputs)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .architectures import ARCHITECTURES
+
 SYMBOLS = {
     "chunk_topk": "B T H G D M K",
     "ring_write": "B T G D M C",
@@ -15,7 +17,7 @@ SYMBOLS = {
     "generate": "B T S H G D M C K",
 }
 
-MODELS = ("tiny", "smollm2")
+MODELS = ("tiny", *ARCHITECTURES)
 """Backbones of the questions about whole models."""
 
 
@@ -29,7 +31,7 @@ class Shape:
         M, C, K: chunks a ring holds, tokens per chunk, chunks retrieved per query.
         R: rings: 0 gives every row its own, 1 lets all rows share one, as the official code does.
         dtype: of the inputs and of what the ring stores.
-        model: of "generate" and "train_step", the backbone: "tiny" (random, as wide as H and D say) or "smollm2".
+        model: of "generate" and "train_step", the backbone: one of `MODELS`; "tiny" is as wide as H and D say.
     """
 
     B: int

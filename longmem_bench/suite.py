@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 import torch
 
+from .architectures import ARCHITECTURES
 from .case import Case, Watch
 from .provider import Provider, Unavailable, matches
 from .providers import providers
@@ -97,14 +97,18 @@ def parse_sizes(text: str) -> dict[str, int]:
         raise ValueError(f"shape: wanted NAME=SIZE,NAME=SIZE,..., got {text!r}") from None
 
 
+def _own_heads(model: str) -> dict[str, int]:
+    """H, G and D of a model that has them; a random "tiny" one is as wide as the shape says."""
+    sizes = ARCHITECTURES.get(model)
+    return {} if sizes is None else {"H": sizes.heads, "G": sizes.kv_heads, "D": sizes.head_dim}
+
+
 def adjustment(sizes: dict[str, int], dtype: torch.dtype | None, model: str | None) -> Callable[[Shape], Shape]:
     """A function that puts these sizes into a shape, where they belong to it."""
 
     def adjust(shape: Shape) -> Shape:
         if model is not None and shape.model:
-            # SmolLM2-135M has its own heads; a random model is as wide as the shape says.
-            heads: dict[str, Any] = {"H": 9, "G": 3, "D": 64} if model == "smollm2" else {}
-            shape = replace(shape, model=model, **heads)
+            shape = replace(shape, model=model, **_own_heads(model))
         if dtype is not None:
             shape = replace(shape, dtype=dtype)
         # A decoding shape stays one.

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from longmem_bench import Provider, Shape, WrongResult, measure, plot, plot_sweeps, table
+from longmem_bench import Provider, Shape, WrongResult, measure, models, plot, plot_sweeps, table
 from longmem_bench.case import Case
 from longmem_bench.inputs import FusionInputs, WriteInputs, draw
 from longmem_bench.peak_memory import peak_extra_bytes
 from longmem_bench.plots import line_styles
 from longmem_bench.provider import KERNEL_OPS, Prepared, Unavailable
-from longmem_bench.providers import models, providers
+from longmem_bench.providers import providers
 from longmem_bench.roofline import Work, work
 from longmem_bench.timing import summarise
 
@@ -71,11 +71,30 @@ def test_compiled_providers_pass_the_gate_too() -> None:
         assert (row.median_ms and "compiled in" in (row.note or "")) or "does not work here" in (row.reason or ""), row
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", ["generate", "train_step"])
-def test_whole_models_pass_their_gate(op: str) -> None:
-    rows = measure(op, Shape(B=2, T=8, S=4, H=2, G=1, D=32, M=64, C=4, K=5, model="tiny"), rounds=2)
-    assert all(row.median_ms for row in rows)
-    assert [row.bound for row in rows] == [True, True, False]
+def test_whole_models_pass_their_gate(op: str, dtype: torch.dtype) -> None:
+    shape = Shape(B=2, T=8, S=4, H=4, G=2, D=32, M=64, C=4, K=5, model="llama-tiny", dtype=dtype)
+    rows = measure(op, shape, rounds=2)
+    assert all(row.median_ms for row in rows), [row.reason for row in rows]
+    assert [row.bound for row in rows] == [True] * (len(rows) - 1) + [False]
+
+
+def test_a_model_too_large_for_the_machine_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longmem_bench.peak_memory.free_bytes", lambda device: 32 * 10**9)
+    shape = Shape(B=1, T=32, S=16, H=32, G=8, D=128, M=16384, model="llama-8b", dtype=torch.bfloat16)
+    rows = measure("generate", shape, rounds=2)
+    assert all((row.reason or "").startswith("needs about ") for row in rows)
+    assert models.architecture(shape).weights == 8_029_995_008  # Llama 3 8B, without its norms
+
+
+def test_models_have_the_sizes_their_architectures_say() -> None:
+    for model in ("tiny", "llama-tiny"):
+        shape = Shape(B=1, T=1, H=2, G=1, D=32, M=64, K=5, model=model)
+        network = models.network(shape, CPU, torch.bfloat16)
+        norms = sum(p.numel() for name, p in network.named_parameters() if "norm" in name)
+        assert sum(p.numel() for p in network.parameters()) - norms == models.architecture(shape).weights
+        assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
 
 
 def test_memory_of_a_model_is_filled_without_encoding_a_text_that_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from longmem.cli.bench import bench_app
 from typer.testing import CliRunner
 
 from longmem_bench import Provider, Shape, measure
 from longmem_bench import tune as tuning
+from longmem_bench.cli.app import app
 from longmem_bench.provider import Prepared
 from longmem_bench.providers import providers
 from longmem_bench.tune import save, table, tune, update
@@ -175,9 +175,9 @@ def test_tuning_stops_in_time_and_ranks_no_launch_twice(kernel: None) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a CUDA device")
 def test_without_a_gpu_the_command_says_so() -> None:
-    done = CliRunner().invoke(bench_app, ["tune", "chunk_topk"])
+    done = CliRunner().invoke(app, ["tune", "chunk_topk"])
     assert isinstance(done.exception, ValueError) and "tuned on a CUDA device, and PyTorch" in str(done.exception)
-    done = CliRunner().invoke(bench_app, ["tune", "ring_write"])
+    done = CliRunner().invoke(app, ["tune", "ring_write"])
     assert done.exit_code == 2 and "'ring_write' is not one of" in " ".join(done.output.split())
 
 

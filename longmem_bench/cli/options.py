@@ -12,7 +12,7 @@ from longmem.cli.options import DeviceName as DeviceName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Scale = Literal["auto", "paper", "small"]
-Model = Literal["tiny", "smollm2"]
+Model = Literal["tiny", "smollm2", "llama-8b", "llama-1b", "llama-tiny"]
 TritonOp = Literal["chunk_topk", "memory_attention", "memory_attention_backward", "memory_layer"]
 
 MEASURED, PLACES = "What is measured", "Places"
