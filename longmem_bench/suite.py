@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def parse_sizes(text: str) -> dict[str, int]:
         raise ValueError(f"shape: wanted NAME=SIZE,NAME=SIZE,..., got {text!r}") from None
 
 
-def _own_heads(model: str) -> dict[str, int]:
+def _own_heads(model: str) -> dict[str, Any]:
     """H, G and D of a model that has them; a random "tiny" one is as wide as the shape says."""
     sizes = ARCHITECTURES.get(model)
     return {} if sizes is None else {"H": sizes.heads, "G": sizes.kv_heads, "D": sizes.head_dim}

@@ -10,9 +10,9 @@ Every group has a least and a most time. Those that fit, in order, get their lea
 step is interrupted (SIGINT, so that pytest and the benchmarks print what they have) when its time is over, and a group
 for which there is none is skipped: the table at the end says so. A step that fails stops nothing.
 
-Written to ${OUT:-out/gpu_check}: gpu_check.log, summary.json, table.txt, key.json, bench.json, step.json and tune.json
-(`longmem-bench report FILE --keep FOLDER` keeps a result). Exit status: 0 nothing failed, 1 a step failed, 2 no GPU or
-wrong arguments.
+Written to ${OUT:-out/gpu_check}: gpu_check.log, summary.json, table.txt, key.json, goals.json, bench.json, step.json
+and tune.json (`longmem-bench report FILE --keep FOLDER` keeps a result). Exit status: 0 nothing failed, 1 a step
+failed, 2 no GPU or wrong arguments.
 
     PYTHON     interpreter of the environment to check (default python3); pip is that one's
     PIP_ARGS   more arguments for pip install: --user, or --break-system-packages in a throw-away container
@@ -126,6 +126,7 @@ def groups(setup: Setup) -> list[Group]:
               _build(setup)),
         Group("tests", "all tests marked gpu", 120, 160, [[_tests(setup, "gpu", "gpu")]]),
         Group("key", "every base shape, ours and every baseline", 80, 90, [[_bench(setup, "key", of_rows, "--base")]]),
+        Group("goals", "what was set for search, attention, layer, step and model", 60, 180, [[_goals(setup)]]),
         Group("sanitize", "compute-sanitizer: memcheck, racecheck, initcheck", 75, 240, [_sanitize(setup)]),
         Group("tune", "all candidates of the tile tables", 60, 240, [[_tune(setup)]]),
         Group("bench", "the published step, then sweeps", 60, 600,
@@ -182,7 +183,7 @@ def _variants(setup: Setup, *options: str) -> Step:
     table, workers = "90" if setup.capability >= (9, 0) else "80", str(max(1, setup.cores // 2))
     small = ["--ops", "chunk_topk", "--shape", "T=32,M=1024", "--scale", "small", "--workers", "1"]
     command = ["compile", "--arch", table, "--minutes", "{minutes}"]
-    return Step("variants", _measure(*command, *setup.pick(["--workers", workers, *options], small)), 120)
+    return Step("variants", _measure(*command, *setup.pick(["--goals", "--workers", workers, *options], small)), 120)
 
 
 def _of_build(text: str) -> list[str]:
@@ -210,6 +211,18 @@ def _bench(setup: Setup, name: str, report: Callable[[str], list[str]], *options
     small = ["--device", "cpu", "--scale", "small", "--providers", "cpp,index_copy,topk", "--seconds", "0.01"]
     command = ["all", *options, *setup.pick(full, small), "--minutes", "{minutes}"]
     return Step(name, _measure(*command, "--json", str(setup.out / f"{name}.json")), 600, report=report)
+
+
+def _goals(setup: Setup) -> Step:
+    options = setup.pick(["--device", "cuda"], ["search", "layer", "--small", "--device", "cpu", "--seconds", "0.01"])
+    command = _measure("goals", *options, "--json", str(setup.out / "goals.json"))
+    return Step("goals", command, 180, report=_of_goals)
+
+
+def _of_goals(text: str) -> list[str]:
+    """The table's rows, each on one line."""
+    rows = re.findall(r"^(?:search|attention|layer|step|model): .*$", text, re.M)
+    return [" ".join(line.split()) for line in rows] or text.strip().splitlines()[-1:]
 
 
 def _sanitize(setup: Setup) -> list[Step]:

@@ -75,6 +75,23 @@ def everything(
     answer(None, **given)
 
 
+@app.command()
+def goals(
+    groups: o.GoalGroups = None,
+    device: o.DeviceName = "auto",
+    small: o.SmallGoals = False,
+    seconds: o.Seconds = 0.1,
+    json: o.OutcomesFile = None,
+) -> None:
+    """The goals set for a GPU beside what is measured: search, attention, layer, step and model, or some of them.
+
+    Exit status 1 when a result is wrong; a goal that is not met is none.
+    """
+    from .commands import goals as work
+
+    work(groups, device, small, seconds, json)
+
+
 @app.command("tune")
 def tune_tiles(
     op: Annotated[o.TritonOp | None, typer.Argument(help="The operation; default: all.")] = None,
@@ -104,6 +121,7 @@ def compile_kernels(
     arch: o.Architecture = 90,
     sweeps: o.AlsoSweeps = False,
     tiles: o.AlsoTiles = False,
+    goals: o.AlsoGoals = False,
     ops: o.Ops = None,
     shape: o.Sizes = None,
     scale: o.ScaleName = "paper",

@@ -15,13 +15,15 @@ import typer
 from tqdm import tqdm
 
 from longmem.cli.failures import doing
-from longmem.cli.output import note
+from longmem.cli.output import json_text, note
 from longmem.console import check_folder, choose_device
+from longmem.files import save_text
 from longmem_kernels._tiles import ARCHITECTURES
 
 from .. import compare as comparing
 from .. import suite
 from ..case import Watch
+from ..goals import load as wanted_goals
 from ..kernels import kernel_times
 from ..kernels import table as kernel_table
 from ..plots import plot, plot_sweeps
@@ -227,6 +229,7 @@ def compile_kernels(
     arch: int,
     sweeps: bool,
     tiles: bool,
+    goals: bool,
     ops: str | None,
     shape: str | None,
     scale: str,
@@ -249,6 +252,8 @@ def compile_kernels(
     if sweeps:
         kept = [(op, shapes) for op in wanted for shapes in default_sweeps(op, paper=paper).values()]
         points += [suite.Point(op, one) for op, shapes in kept for one in shapes]
+    if goals:
+        points += [suite.Point(goal.op, goal.shape) for goal in wanted_goals() if goal.op in wanted]
     if not compile_points(points, arch, candidates=tiles, workers=workers or os.cpu_count() or 1, minutes=minutes):
         raise typer.Exit(1)
 
@@ -279,6 +284,37 @@ def quick(device: str, scale: str, json: Path | None, plots: Path | None) -> Non
     todo = [suite.kernel_points([op], paper=_paper(scale, target), adjust=lambda shape: shape)[0] for op in ops]
     work = [task for task in suite.tasks(todo, []) if task.provider.unswept is None]
     _answer(work, target, 0.5, None, json, plots, None, False, sys.stdout)
+
+
+def goals(groups: Sequence[str] | None, device: str, small: bool, seconds: float, json: Path | None) -> None:
+    """Measure the goals of these groups (None: all), print their table, save it.
+
+    Raises:
+        ValueError: an unknown group; or the goals are of a GPU, and this is none.
+        typer.Exit: with status 1 when a result was wrong.
+    """
+    from ..goals import GROUPS, Measurer, Outcome, outcomes, shrunk, summary
+    from ..goals import table as goal_table
+
+    for group in groups or ():
+        if group not in GROUPS:
+            raise ValueError(f"goals: wanted some of {', '.join(GROUPS)}, got {group!r}")
+    target = choose_device(device)
+    if target.type != "cuda" and not small:
+        raise ValueError("goals: they are times of a GPU: wanted a CUDA device, got a CPU (--small tries the command)")
+    chosen = [goal for group in groups or GROUPS for goal in wanted_goals() if goal.group == group]
+    chosen = [shrunk(goal) for goal in chosen] if small else chosen
+    found: list[Outcome] = []
+    with doing("measuring the goals"), tqdm(total=len(chosen), desc="goals", unit="row") as bar:
+        for one in outcomes(chosen, Measurer(target, seconds, small=small)):
+            found.append(one)
+            bar.update()
+    typer.echo(f"{Result.now([], target).headline()}\n\n{goal_table(found)}")
+    if json is not None:
+        save_text(json, json_text(summary(found, target)) + "\n")
+        note(f"wrote {json}")
+    if any(one.wrong for one in found):
+        raise typer.Exit(1)
 
 
 def report(path: Path, plots: Path | None, keep: Path | None) -> None:

@@ -44,6 +44,15 @@ Update = Annotated[bool, option("--update", help="Put the winners into the table
 Architecture = Annotated[int, option("--arch", min=1, help="Compute capability: 80 or 90.", panel=MEASURED)]
 AlsoSweeps = Annotated[bool, option("--sweeps", help="Also what sweeps launch.", panel=MEASURED)]
 AlsoTiles = Annotated[bool, option("--tiles", help="Also all candidates that `tune` would try.", panel=MEASURED)]
+AlsoGoals = Annotated[bool, option("--goals", help="Also what `goals` launches.", panel=MEASURED)]
+GoalGroups = Annotated[
+    list[str] | None, typer.Argument(help="Of search, attention, layer, step and model. Default: all.")
+]
+SmallGoals = Annotated[
+    bool,
+    option("--small", help="Everything small and without bounds, to try it on any machine.", panel=MEASURED),
+]
+OutcomesFile = Annotated[Path | None, option("--json", help="Write the outcomes to this file.", panel=PLACES)]
 Ops = Annotated[
     str | None, option(help=f"By commas, of {', '.join(get_args(TritonOp))}. Default: all.", panel=MEASURED)
 ]
