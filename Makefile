@@ -15,7 +15,7 @@ SOURCES := setup.py pyproject.toml longmem_kernels/_version.py $(shell find csrc
 .PHONY: quickstart test lint format bench readme matrix clean
 
 quickstart: $(VENV)/installed
-	$(BIN)/longmem quickstart $(ARGS) && $(BIN)/longmem-bench quick
+	$(BIN)/longmem quickstart $(ARGS) && $(BIN)/longmem-bench quick --plots out/quickstart
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest tests $(ARGS)
