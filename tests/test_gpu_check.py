@@ -24,6 +24,7 @@ from gpu_check import Setup, groups  # noqa: E402
 from gpu_runner import Check, Group, Step, allotted, of_pytest, of_rows, of_sanitizer, of_sweeps, of_tuning  # noqa: E402
 
 from longmem.cli.app import app  # noqa: E402
+from longmem_bench.cli.app import app as bench_app  # noqa: E402
 
 SETUP = Setup("a GPU", wheels=Path("no-wheels"), cores=16)
 
@@ -193,10 +194,11 @@ def steps(setup: Setup) -> list[Step]:
 @pytest.mark.parametrize("rehearse", [False, True])
 def test_every_command_is_one_that_exists(rehearse: bool) -> None:
     found = [step.command for step in steps(replace(SETUP, rehearse=rehearse))]
-    ours = [list(command[3:]) for command in found if list(command[1:3]) == ["-m", "longmem.cli"]]
-    assert len(ours) > 3
-    for words in ours:
-        command, options = typer.main.get_command(app), [word.replace("{minutes}", "1") for word in words]
+    apps = {"longmem.cli": app, "longmem_bench": bench_app}
+    ours = [list(command[2:]) for command in found if command[1] == "-m" and command[2] in apps]
+    assert len(ours) > 5
+    for module, *words in ours:
+        command, options = typer.main.get_command(apps[module]), [word.replace("{minutes}", "1") for word in words]
         while isinstance(command, click.Group) or hasattr(command, "commands"):
             command = command.commands[options.pop(0)]
         command.make_context("longmem", options)  # raises for an option that is not there
@@ -207,7 +209,13 @@ def test_every_command_is_one_that_exists(rehearse: bool) -> None:
 
 def test_results_are_at_most_eight_files() -> None:
     written = [word for step in steps(SETUP) for word in step.command if Path(word).parent == SETUP.out and "." in word]
-    assert sorted(Path(word).name for word in written) == ["bench.json", "key.json", "step.json", "tune.json"]
+    assert sorted(Path(word).name for word in written) == [
+        "bench.json",
+        "goals.json",
+        "key.json",
+        "step.json",
+        "tune.json",
+    ]
     assert len(written) + 3 <= 8
 
 
@@ -220,7 +228,7 @@ def test_the_extension_is_built_for_this_gpu_by_the_pip_of_this_python() -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["5", "biuld"], "wanted [minutes] and groups of build, tests, key, sanitize"),
+        (["5", "biuld"], "wanted [minutes] and groups of build, tests, key, goals, sanitize"),
         pytest.param(
             ["5"], "sees no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
         ),

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from test_cli import WORDS, backbone
 
-from benchmarks import readme
-from longmem.bench import Row
-from longmem.bench.results import Result
+from longmem_bench import Row, readme
+from longmem_bench.results import Result
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
 __all__ = ["backbone"]  # a fixture
 
@@ -79,7 +79,7 @@ def test_what_a_newcomer_looks_for_is_there(name: str) -> None:
 def results_named(block: str = "measured") -> list[Path]:
     text = readme.block(block).search(README.read_text(encoding="utf-8"))
     assert text is not None
-    named = [readme.ROOT / path for path in re.findall(r"\]\((benchmarks/results/[^)]+\.json)\)", text[0])]
+    named = [ROOT / path for path in re.findall(r"\]\((benchmarks/results/[^)]+\.json)\)", text[0])]
     assert named
     return named
 
@@ -88,13 +88,13 @@ def test_figures_are_those_of_the_results_they_name() -> None:
     text = README.read_text(encoding="utf-8")
     results = results_named()
     parts = {
-        "measured": readme.measured(results),
+        "measured": readme.measured(results, ROOT),
         "plots": readme.plots(Result.load(results[0])),
-        "official-step": readme.official_step(results_named("official-step")[0]),
+        "official-step": readme.official_step(results_named("official-step")[0], ROOT),
     }
     for name, wanted in parts.items():
         found = readme.block(name).search(text)
-        assert found is not None and found[0] == wanted, "python -m benchmarks.readme writes them anew"
+        assert found is not None and found[0] == wanted, "longmem-bench readme writes them anew"
 
 
 def test_a_gpu_row_shows_what_the_device_and_what_the_host_takes() -> None:
@@ -111,5 +111,5 @@ def test_a_gpu_row_shows_what_the_device_and_what_the_host_takes() -> None:
 def test_plots_were_drawn_from_the_result_that_readme_names() -> None:
     leading = Result.load(results_named()[0])
     for op in readme.LEADING:
-        picture = (readme.ROOT / "docs" / f"measured-{op}.png").read_bytes()
+        picture = (ROOT / "docs" / f"measured-{op}.png").read_bytes()
         assert f"commit {leading.machine['commit']}, {leading.date}".encode() in picture

@@ -13,11 +13,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from longmem.bench import Provider, Shape, measure, providers
-from longmem.bench import tune as tuning
-from longmem.bench.providers import Prepared
-from longmem.bench.tune import save, table, tune, update
-from longmem.cli.bench import bench_app
+from longmem_bench import Provider, Shape, measure
+from longmem_bench import tune as tuning
+from longmem_bench.cli.app import app
+from longmem_bench.provider import Prepared
+from longmem_bench.providers import providers
+from longmem_bench.tune import save, table, tune, update
 from longmem_kernels import _tiles
 from longmem_kernels._dispatch import KERNEL_HEAD_DIMS
 
@@ -137,7 +138,7 @@ def test_candidates_are_ranked_behind_the_gate(kernel: None, tmp_path: Path) -> 
     assert ranking.winner.use == {"BT": 32, "num_warps": 2}
     text = table(ranking)
     assert "search (sm_90; D=32) in chunk_topk [B=1 T=4" in text
-    assert "1 refused: refused by the correctness gate: scores" in text
+    assert "1 refused: refused by the correctness check: scores" in text
     assert "1 refused: RuntimeError: out of resources" in text
     winner = next(line for line in text.splitlines() if line.startswith("winner"))
     assert winner.split() == ["winner", "1.000", "4.00", "32", "2"]
@@ -174,9 +175,9 @@ def test_tuning_stops_in_time_and_ranks_no_launch_twice(kernel: None) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a CUDA device")
 def test_without_a_gpu_the_command_says_so() -> None:
-    done = CliRunner().invoke(bench_app, ["tune", "chunk_topk"])
+    done = CliRunner().invoke(app, ["tune", "chunk_topk"])
     assert isinstance(done.exception, ValueError) and "tuned on a CUDA device, and PyTorch" in str(done.exception)
-    done = CliRunner().invoke(bench_app, ["tune", "ring_write"])
+    done = CliRunner().invoke(app, ["tune", "ring_write"])
     assert done.exit_code == 2 and "'ring_write' is not one of" in " ".join(done.output.split())
 
 
