@@ -1,6 +1,6 @@
-"""README's figures and its two leading plots, from the newest results kept: `python -m benchmarks.readme`.
+"""The figures in README and docs/measured.md, from the newest results kept: `python -m benchmarks.readme`.
 
-Nothing in README's measured parts is written by hand: a test holds them to what this makes of the file they name.
+Nothing in their measured parts is written by hand: a test holds them to what this makes of the file they name.
 """
 
 from __future__ import annotations
@@ -9,26 +9,24 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from longmem.bench import Row, plot, plot_sweeps
-from longmem.bench.report import best_of_ours, grouped, significant, times_faster
+from longmem.bench import Row, plot_sweeps
+from longmem.bench import plot as plot_bars
+from longmem.bench.report import WORDS, best_of_ours, grouped, significant, times_faster
 from longmem.bench.results import Result, newest
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-LEADING = {"chunk_topk": ("M", "K"), "memory_attention": ("T", "K")}  # ops that are drawn, and their sweeps
-_WORDS = {
-    "chunk_topk": "search",
-    "memory_attention": "local and memory attention",
-    "memory_attention_backward": "the same, forward and backward",
-    "ring_write": "write",
-    "memory_layer": "search, attention and write",
-    "generate": "generation, per token",
-    "train_step": "training step",
+PAGES = {
+    "plot": "README.md",
+    "plots": "docs/measured.md",
+    "measured": "docs/measured.md",
+    "official-step": "docs/measured.md",
 }
+"""The file of each block."""
+LEADING = {"chunk_topk": ("M", "K"), "memory_attention": ("T", "K")}  # ops that are drawn, and their sweeps
 
 
 def block(name: str) -> re.Pattern[str]:
-    """Matches the part of README between the comments `<!-- name -->` and `<!-- /name -->`."""
+    """Matches the part of a page between the comments `<!-- name -->` and `<!-- /name -->`."""
     return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.S)
 
 
@@ -43,25 +41,35 @@ def measured(paths: list[Path]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def plot(result: Result) -> str:
+    """The text of the block "plot": one picture, the first sweep of each leading operation."""
+    words = ", and ".join(WORDS[op] for op in LEADING)
+    return f"![{words.capitalize()} beside baselines, {_device(result)}, {result.date}](docs/measured.png)\n"
+
+
 def plots(result: Result) -> str:
-    """The text of the block "plots"."""
-    device, date = _device(result), result.date
-    lines = []
-    for op in LEADING:
-        lines.append(f"![{_WORDS[op].capitalize()} beside baselines, {device}, {date}](docs/measured-{op}.png)")
+    """The text of the block "plots": a picture for each leading operation, with all its sweeps."""
+    about = f"{_device(result)}, {result.date}"
+    lines = [f"![{WORDS[op].capitalize()} beside baselines, {about}](measured-{op}.png)" for op in LEADING]
     return "\n".join(lines) + "\n"
 
 
 def draw(result: Result, folder: Path) -> None:
-    """The pictures that `plots` names: the sweeps, or bars where none was measured."""
+    """The pictures that `plot` and `plots` name: the sweeps, or bars where none was measured."""
+    base = [row for row in result.rows if row.op in LEADING and not row.sweep]
+    first = [row for op, sweeps in LEADING.items() for row in result.rows if (row.op, row.sweep) == (op, sweeps[0])]
+    _draw(first, base, folder / "measured.png", result.date)
     for op, sweeps in LEADING.items():
         mine = [row for row in result.rows if row.op == op]
-        swept = [row for row in mine if row.sweep in sweeps]
         path = folder / f"measured-{op}.png"
-        if swept:
-            plot_sweeps(swept, path, date=result.date)
-        else:
-            plot([row for row in mine if not row.sweep], path, date=result.date)
+        _draw([row for row in mine if row.sweep in sweeps], [row for row in mine if not row.sweep], path, result.date)
+
+
+def _draw(swept: list[Row], base: list[Row], path: Path, date: str) -> None:
+    if swept:
+        plot_sweeps(swept, path, date=date)
+    else:
+        plot_bars(base, path, date=date)
 
 
 def official_step(path: Path) -> str:
@@ -99,7 +107,7 @@ def _heading(result: Result) -> str:
 
 def _source(path: Path) -> str:
     where = path.relative_to(ROOT).as_posix()
-    return f"(All rows with spreads, and what could not run: [{where}]({where}), `python -m benchmarks.report FILE`.)"
+    return f"(All rows with spreads, and what could not run: `python -m benchmarks.report {where}`.)"
 
 
 def _table(result: Result) -> Iterator[str]:
@@ -116,7 +124,7 @@ def _table(result: Result) -> Iterator[str]:
         against = "; ".join(f"{_named(row)} ({significant(faster[row.provider], 2)}x)" for row in baselines)
         first = group[0]
         yield (
-            f"| {_WORDS[first.op]} (`{first.op}`) | {first.shape} {first.dtype} | **{_time(own)}**"
+            f"| {WORDS[first.op]} (`{first.op}`) | {first.shape} {first.dtype} | **{_time(own)}**"
             f" | {against or '-'} | {'; '.join(map(_named, bounds)) or '-'} | {_memory(own, baselines)} |"
         )
 
@@ -146,16 +154,21 @@ def main() -> None:
     if not paths:
         raise SystemExit("benchmarks/results holds no result: `make bench` makes one")
     leading = Result.load(paths[0])
-    text = README.read_text(encoding="utf-8")
     step = newest(leading.on_gpu, kind="official-step") or newest(on_gpu=False, kind="official-step")
     if step is None:
         raise SystemExit("benchmarks/results/*/official-step holds no result: `python -m benchmarks.official_step`")
-    blocks = {"plots": plots(leading), "measured": measured(paths), "official-step": official_step(step)}
+    blocks = {
+        "plot": plot(leading),
+        "plots": plots(leading),
+        "measured": measured(paths),
+        "official-step": official_step(step),
+    }
     for name, content in blocks.items():
+        page = ROOT / PAGES[name]
+        text = page.read_text(encoding="utf-8")
         if block(name).search(text) is None:
-            raise SystemExit(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
-        text = block(name).sub(lambda _, content=content: content, text)
-    README.write_text(text, encoding="utf-8")
+            raise SystemExit(f"{PAGES[name]} has no <!-- {name} --> ... <!-- /{name} -->")
+        page.write_text(block(name).sub(lambda _, content=content: content, text), encoding="utf-8")
     draw(leading, ROOT / "docs")
     print("\n".join(str(path.relative_to(ROOT)) for path in paths))
 

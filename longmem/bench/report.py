@@ -7,6 +7,17 @@ from collections.abc import Callable, Sequence
 
 from .measure import Row, compared_ms
 
+WORDS = {
+    "chunk_topk": "search",
+    "memory_attention": "local and memory attention",
+    "memory_attention_backward": "the same, forward and backward",
+    "ring_write": "write",
+    "memory_layer": "search, attention and write",
+    "generate": "generation, per token",
+    "train_step": "training step",
+}
+"""Operations in words, in the order of tables."""
+
 _LEGEND = (
     "x best: time of the fastest baseline over this one, above 1 is faster than it (x bound: of the fastest bound);\n"
     "graph: the device's own time, replayed as a CUDA graph; host: until the device is done; launch: until the call\n"
