@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml longmem_kernels/_version.py $(shell find csrc
 .PHONY: quickstart test lint format docs bench readme matrix clean
 
 quickstart: $(VENV)/installed
-	$(BIN)/longmem quickstart $(ARGS)
+	$(BIN)/longmem quickstart $(ARGS) && $(BIN)/longmem-bench quick
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest tests $(ARGS)
@@ -37,10 +37,10 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/installed
-	$(BIN)/longmem bench all --keep --plots out/bench --minutes 18 $(ARGS)
+	$(BIN)/longmem-bench all --keep benchmarks/results --plots out/bench --minutes 18 $(ARGS)
 
 readme: $(VENV)/installed
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/longmem-bench readme
 
 matrix:
 	$(PYTHON) tools/torch_matrix.py $(ARGS)

@@ -1,4 +1,4 @@
-"""The quick start: train a memory around SmolLM2-135M, show what it is worth on unseen texts, and time the kernels."""
+"""The quick start: train a memory around SmolLM2-135M and show what it is worth on unseen texts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 from tqdm import tqdm
 
 from .backbones.load import default_memory_layers, load_backbone
-from .bench import Row, measure, plot, providers, table
-from .bench.shapes import shapes_for
 from .cli.commands import kept_of_training
 from .cli.failures import doing
 from .cli.output import note
@@ -27,7 +25,6 @@ from .console import (
     load_documents,
     save_report,
     train_with_bar,
-    write_json,
 )
 from .data.stream import SegmentStream
 from .evaluate import DOCUMENT_TOKENS, SCORE_FROM
@@ -40,7 +37,7 @@ HELD_OUT = 3
 
 
 def run_quickstart(out: Path, data: list[str] | None, steps: int, device: str) -> None:
-    """Run every stage, or what an interrupted run in `out` left undone, and print two tables.
+    """Run every stage, or what an interrupted run in `out` left undone, and print a table.
 
     Raises:
         ValueError: the texts are too few or too short.
@@ -53,18 +50,18 @@ def run_quickstart(out: Path, data: list[str] | None, steps: int, device: str) -
 
 
 def _run(out: Path, data: list[str] | None, steps: int, target: torch.device) -> None:
-    note("1/4 model and texts")
+    note("1/3 model and texts")
     backbone, tokenizer = load_backbone("smollm2", target)
     model = LongMem(backbone, LongMemConfig(memory_layers=default_memory_layers(backbone)))
     announce(model, "auto")
     train, test = _texts(data, tokenizer)
 
-    note("2/4 training")
+    note("2/3 training")
     config = TrainConfig(steps=steps, rows=fitting_rows(None, len(train)))
     stream = SegmentStream(train, rows=config.rows, segment=model.config.segment, repeat=True)
     train_with_bar(Trainer(model, stream, encode_now(model), config, out))
 
-    note("3/4 held-out perplexity (the backbone's states are computed once and kept)")
+    note("3/3 held-out perplexity (the backbone's states are computed once and kept)")
     test_states = StateCache(model, test, out / "states")
     with tqdm(total=sum(map(len, test)), desc="encode", unit="tok", unit_scale=True) as bar:
         test_states.fill(bar.update)
@@ -72,32 +69,9 @@ def _run(out: Path, data: list[str] | None, steps: int, target: torch.device) ->
     texts = "Shakespeare's plays" if data is None else ", ".join(data)
     save_report(report, out, f"SmolLM2-135M on {texts}, local context {model.config.segment} tokens, {steps} steps")
 
-    note("4/4 retrieval and fusion, side by side")
-    rows = _timed(target)
-    plot(rows, out / "timing.png")
-    write_json(out / "timing.json", [row.as_dict() for row in rows])
-    print(f"\n{report.table()}\n\n{table(rows)}\n", flush=True)
-    note(f"plots: {out}/perplexity.png {out}/timing.png; metrics: {out}/metrics.jsonl")
+    print(f"\n{report.table()}\n", flush=True)
+    note(f"plot: {out}/perplexity.png; metrics: {out}/metrics.jsonl")
     note(next_commands(out))
-
-
-def _timed(device: torch.device) -> list[Row]:
-    """Search and attention beside the baselines."""
-    work: list[tuple[str, Any, Any]] = []
-    for op in ("chunk_topk", "memory_attention"):
-        shape = shapes_for(op, paper=device.type == "cuda")[0]
-        # What takes long to compile, and the references, seconds slow at this size: `make bench` times them too.
-        work.append((op, shape, [provider for provider in providers(op) if provider.unswept is None]))
-    rows: list[Row] = []
-    with tqdm(total=sum(len(shown) for _, _, shown in work), desc="time", unit="row") as bar:
-
-        def done(row: Row) -> None:
-            bar.update()
-
-        for op, shape, shown in work:
-            bar.set_description(f"time {op}", refresh=True)
-            rows += measure(op, shape, shown, device=device, rounds=5, done=done)
-    return rows
 
 
 def next_commands(out: Path) -> str:

@@ -16,7 +16,7 @@ bench tune` times:
 What stands beside `use` or `try` are conditions on the facts that the launcher gives: a number is the largest that
 fits, a text or a truth value must be equal. `try` is a grid: all combinations are candidates.
 
-LONGMEM_TILES names a file of the same form, or one that `longmem bench tune --json` wrote; its rows come first.
+LONGMEM_TILES names a file of the same form, or one that `longmem-bench tune --json` wrote; its rows come first.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _fits(row: Mapping[str, Any], facts: Facts) -> bool:
 
 
 def candidates(kernel: str, number: int, facts: Facts) -> list[Use]:
-    """Tiles that `longmem bench tune` tries for a launch with these facts: the row in use, then the grid that fits."""
+    """Tiles that `longmem-bench tune` tries for a launch with these facts: the row in use, then the grid that fits."""
     found = [dict(_row(kernel, number, facts)["use"])]
     for grid in table(number)[kernel].get("candidates", ()):
         if _fits(grid, facts):

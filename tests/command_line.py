@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,6 +13,7 @@ from models import VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import longmem_bench.cli
 from longmem import cli
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 1)]
@@ -47,12 +49,21 @@ def texts(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str | Path) -> int:
-    """What the command exits with; this process's environment and arguments stay as they are."""
+    """Exit status of `longmem`; this process's environment and arguments stay as they are."""
+    return _run(cli.main, "longmem", *arguments)
+
+
+def bench(*arguments: str | Path) -> int:
+    """Exit status of `longmem-bench`."""
+    return _run(longmem_bench.cli.main, "longmem-bench", *arguments)
+
+
+def _run(main: Callable[[], None], *words: str | Path) -> int:
     # The allocator of this process stays as it is as well: a command leaves it alone where the environment sets it.
     settings = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
-    with patch.dict(os.environ, settings), patch.object(sys, "argv", ["longmem", *map(str, arguments)]):
+    with patch.dict(os.environ, settings), patch.object(sys, "argv", [*map(str, words)]):
         try:
-            cli.main()
+            main()
         except SystemExit as stop:
             return int(stop.code or 0)
     return 0

@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longmem import LongMem, MemoryBank
-from longmem.bench.measure import Row
-from longmem.bench.results import Result
 from longmem.data.stream import SegmentStream
 from longmem.official import load_official, official_state
 from longmem.states import StateCache, encode_now
 from longmem.training.config import TrainConfig
 from longmem.training.trainer import Trainer
+from longmem_bench.results import Result
+from longmem_bench.row import Row
 
 STRANGE: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2, 1.5, -0.0, 10**12, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "row", "shared",

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longmem.bench.official_composition import OfficialComposition, TorchIndex
 from longmem.official import OfficialConfig, OfficialLongMem, load_official, official_state
 from longmem.official.loading import official_parameters
+from longmem_bench.providers.published import TorchIndex
+from longmem_bench.providers.published_model import PublishedModel
 
 DATA = Path(__file__).parent / "data"
 SMALL = {
@@ -43,11 +44,11 @@ def random_model(config: OfficialConfig, *, storage: torch.dtype = torch.float32
     return model
 
 
-def composition_of(model: OfficialLongMem, *, storage: torch.dtype = torch.float32) -> OfficialComposition:
+def composition_of(model: OfficialLongMem, *, storage: torch.dtype = torch.float32) -> PublishedModel:
     """The published composition with a copy of the model's parameters; the same ones train."""
     trained = {name for name, parameter in official_parameters(model).items() if parameter.requires_grad}
     parameters = {name: t.clone().requires_grad_(name in trained) for name, t in official_state(model).items()}
-    return OfficialComposition(parameters, model.config, storage=storage, index=TorchIndex)
+    return PublishedModel(parameters, model.config, storage=storage, index=TorchIndex)
 
 
 def recorded(path: Path) -> dict[str, Tensor]:

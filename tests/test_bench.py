@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from longmem.bench import GateError, Provider, Shape, measure, models, plot, plot_sweeps, providers, table
-from longmem.bench.inputs import FusionInputs, WriteInputs, draw
-from longmem.bench.measure import Case, Unavailable
-from longmem.bench.memory import peak_extra_bytes
-from longmem.bench.plots import line_styles
-from longmem.bench.providers import KERNEL_OPS, Prepared
-from longmem.bench.timing import summarise
-from longmem.bench.work import Work, work
+from longmem_bench import Provider, Shape, WrongResult, measure, plot, plot_sweeps, table
+from longmem_bench.case import Case
+from longmem_bench.inputs import FusionInputs, WriteInputs, draw
+from longmem_bench.peak_memory import peak_extra_bytes
+from longmem_bench.plots import line_styles
+from longmem_bench.provider import KERNEL_OPS, Prepared, Unavailable
+from longmem_bench.providers import models, providers
+from longmem_bench.roofline import Work, work
+from longmem_bench.timing import summarise
 
 SHAPE = Shape(B=2, T=12, H=4, G=2, D=32, M=40, C=4, K=5)
 CPU = torch.device("cpu")
@@ -103,7 +104,7 @@ def test_whole_models_gate_refuses_another_result(op: str, change: float) -> Non
         return replace(prepared, collect=lambda result: (prepared.collect(result)[0] + change,))
 
     shape = Shape(B=1, T=8, S=4, H=2, G=1, D=32, M=64, C=4, K=5, model="tiny")
-    with pytest.raises(GateError, match=f"{op}: 'spoilt' failed the correctness gate"):
+    with pytest.raises(WrongResult, match=f"{op}: 'spoilt' failed the correctness check"):
         measure(op, shape, [Provider("spoilt", prepare)], rounds=2)
 
 
@@ -125,7 +126,7 @@ def test_whole_models_gate_refuses_another_result(op: str, change: float) -> Non
     ],
 )
 def test_gate_refuses_one_wrong_element(op: str, tensor: int, change: float) -> None:
-    with pytest.raises(GateError, match=f"{op}: 'spoilt' failed the correctness gate and is not timed"):
+    with pytest.raises(WrongResult, match=f"{op}: 'spoilt' failed the correctness check and is not timed"):
         measure(op, SHAPE, [reference(op), spoilt(op, tensor, change)], rounds=2)
 
 
@@ -141,7 +142,7 @@ def test_gate_refuses_an_id_returned_twice() -> None:
 
         return Prepared(right.run, collect)
 
-    with pytest.raises(GateError, match="returned twice"):
+    with pytest.raises(WrongResult, match="returned twice"):
         measure("chunk_topk", SHAPE, [Provider("repeats", prepare)], rounds=2)
 
 
@@ -171,9 +172,9 @@ def test_providers_take_turns_and_one_that_fails_in_its_turn_leaves_the_others_t
 
 def test_a_wrong_row_says_so_where_nothing_is_raised() -> None:
     rows = measure("chunk_topk", SHAPE, [spoilt("chunk_topk", 1, 1.0), reference("chunk_topk")], rounds=2, strict=False)
-    assert rows[0].wrong and "refused by the correctness gate: scores: worst error" in (rows[0].reason or "")
+    assert rows[0].wrong and "refused by the correctness check: scores: worst error" in (rows[0].reason or "")
     assert rows[0].median_ms is None and rows[1].median_ms
-    assert "spoilt: refused by the correctness gate" in table(rows)
+    assert "spoilt: refused by the correctness check" in table(rows)
 
 
 def test_what_others_raise_is_a_reason_and_what_ours_raise_an_error() -> None:
@@ -238,7 +239,7 @@ def test_peak_memory_sees_a_short_native_allocation() -> None:
 
 
 def test_peak_memory_says_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("longmem.bench.memory._CLEAR_REFS", tmp_path / "absent" / "clear_refs")
+    monkeypatch.setattr("longmem_bench.peak_memory._CLEAR_REFS", tmp_path / "absent" / "clear_refs")
     rows = measure("ring_write", SHAPE, [reference("ring_write")], rounds=2)
     assert rows[0].peak_bytes is None
     assert "not measured" in table(rows)

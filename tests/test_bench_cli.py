@@ -1,4 +1,4 @@
-"""`longmem bench` and `longmem profile`: what is measured, what is kept, what bad input gets."""
+"""`longmem-bench`: what is measured, what is kept, what bad input gets."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import run as command
+from command_line import bench as command
 from typer.testing import CliRunner
 
-from longmem.bench import OPS, Row, measure, providers, suite, table
-from longmem.bench.compare import compare, comparison
-from longmem.bench.precompile import Variant, candidates_of, compile_variant, lookups_of
-from longmem.bench.results import RESULTS, Result, newest
-from longmem.bench.shapes import Shape, default_sweeps, shapes_for
-from longmem.cli.bench import bench_app, profile_app
+from longmem_bench import OPS, Row, measure, suite, table
+from longmem_bench.cli.app import app
+from longmem_bench.compare import compare, comparison
+from longmem_bench.precompile import Variant, candidates_of, compile_variant, lookups_of
+from longmem_bench.providers import providers
+from longmem_bench.results import Result, newest
+from longmem_bench.shapes import Shape, default_sweeps, shapes_for
 from longmem_kernels import _tiles
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 SMALL = ["--shape", "T=8,M=64,K=4", "--seconds", "0.01"]
 
 
-def run(*arguments: str | Path, app: object = bench_app) -> str:
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)  # type: ignore[arg-type]
+def run(*arguments: str | Path) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -82,7 +84,7 @@ def test_an_interrupted_run_leaves_what_it_measured(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(suite, "run", interrupted)
     arguments = ["write", *SMALL, "--providers", "cpp", "--json", str(tmp_path / "a.json")]
-    done = CliRunner().invoke(bench_app, arguments)
+    done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 130 and "interrupted after 1 of 2 rows" in done.output
     assert len(Result.load(tmp_path / "a.json").rows) == 1
 
@@ -132,7 +134,7 @@ def test_a_sweep_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_profile_names_the_parts_of_a_layer(tmp_path: Path) -> None:
-    output = run("retrieval", "--shape", "T=8,M=64,K=4", "--steps", "2", "--out", tmp_path, app=profile_app)
+    output = run("profile", "--shape", "T=8,M=64,K=4", "--steps", "2", "--out", tmp_path)
     for part in ("score + select", "gather + fuse", "score", "select", "gather", "fuse", "write", "whole step"):
         assert any(line.startswith(part) for line in output.splitlines()), part
     events = json.loads((tmp_path / "longmem.json").read_text())["traceEvents"]
@@ -177,7 +179,7 @@ def test_bad_input_is_named(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    assert command("bench", *(argument.format(file=file) for argument in arguments)) in (1, 2)
+    assert command(*(argument.format(file=file) for argument in arguments)) in (1, 2)
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and message.format(file=file) in shown and shown.count("\n") == 1, shown
 
@@ -206,8 +208,8 @@ def test_graphs_are_compared_where_both_results_have_them() -> None:
 
 def test_compare_exits_with_1_when_something_got_slower(tmp_path: Path) -> None:
     old, new = result(row(1.0)).save(tmp_path / "old.json"), result(row(2.0)).save(tmp_path / "new.json")
-    assert CliRunner().invoke(bench_app, ["compare", str(old), str(new)]).exit_code == 1
-    assert CliRunner().invoke(bench_app, ["compare", str(new), str(old)]).exit_code == 0
+    assert CliRunner().invoke(app, ["compare", str(old), str(new)]).exit_code == 1
+    assert CliRunner().invoke(app, ["compare", str(new), str(old)]).exit_code == 0
 
 
 def test_kept_results_of_older_commits_are_still_read_shown_and_compared() -> None:
@@ -226,7 +228,7 @@ def test_results_are_read_back_as_written(tmp_path: Path) -> None:
     path = written.keep(tmp_path)
     assert Result.load(path) == written
     assert path.parent.name.endswith(f"{written.machine['threads']}-threads") and path.name.startswith(written.date)
-    assert newest(on_gpu=False, folder=tmp_path) == path and newest(on_gpu=True, folder=tmp_path) is None
+    assert newest(tmp_path, on_gpu=False) == path and newest(tmp_path, on_gpu=True) is None
     (tmp_path / "bad.json").write_text('{"rows": [{"op": "x", "speed": 3}]}')
     (tmp_path / "text.json").write_text("text")
     for name in ("bad.json", "text.json"):

@@ -1,12 +1,14 @@
-"""No CPU kernel has become slower than what benchmarks/regression.json holds it to; `longmem.bench.regression` says why
+"""No CPU kernel has become slower than what benchmarks/regression.json holds it to; `longmem_bench.regression` says why
 the margins are what they are."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from longmem.bench import regression
-from longmem.bench.measure import Unavailable
+from longmem_bench import regression
+from longmem_bench.provider import Unavailable
 
 
 @pytest.fixture(autouse=True)
@@ -14,15 +16,16 @@ def poisoned() -> None:
     """Memory is not poisoned here: it would cost the baselines more than us."""
 
 
+STORED = Path(__file__).parent.parent / "benchmarks" / "regression.json"
 RATIOS = {case.name: case for case in regression.RATIOS}
 
 
 @pytest.mark.parametrize("name", RATIOS)
 def test_times_faster_than_a_baseline(name: str) -> None:
-    kept = regression.stored("ratios", regression.simd())
+    kept = regression.stored(STORED, "ratios", regression.simd())
     if not kept:
-        pytest.skip(f"no ratio is stored for {regression.simd()} kernels (python -m benchmarks.regression --update)")
-    assert name in kept, "no ratio is stored for this case: python -m benchmarks.regression --update"
+        pytest.skip(f"no ratio is stored for {regression.simd()} kernels (longmem-bench regression --update)")
+    assert name in kept, "no ratio is stored for this case: longmem-bench regression --update"
     wanted = regression.MARGIN * kept[name]
     try:
         found = regression.ratio(RATIOS[name], wanted)
@@ -33,9 +36,9 @@ def test_times_faster_than_a_baseline(name: str) -> None:
 
 @pytest.mark.slow
 def test_instructions_of_the_kernels() -> None:
-    kept = regression.stored("instructions", regression.compiler())
+    kept = regression.stored(STORED, "instructions", regression.compiler())
     if not kept:
-        pytest.skip(f"no count is stored for {regression.compiler()} (python -m benchmarks.regression --update)")
+        pytest.skip(f"no count is stored for {regression.compiler()} (longmem-bench regression --update)")
     try:
         counts = regression.instructions()
     except Unavailable as why:

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from longmem.bench import Row, table, timing
-from longmem.bench.kernels import kernel_times
-from longmem.bench.kernels import table as kernel_table
-from longmem.bench.report import best_of_ours, brief, times_faster
+from longmem_bench import Row, table, timing
+from longmem_bench.kernels import kernel_times
+from longmem_bench.kernels import table as kernel_table
+from longmem_bench.report import best_of_ours, brief, times_faster
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from command_line import WORDS, backbone, run, texts, train
 
 from longmem.backbones.load import load_backbone
-from longmem.bench.shapes import Shape
 from longmem.cli.commands import kept_of_training
 from longmem.quickstart import next_commands
 
@@ -119,21 +117,18 @@ def test_skipped_files_are_named_with_the_reason(
 def test_the_quick_start_runs_and_says_what_to_type_next(
     backbone: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loaded, small = load_backbone(str(backbone)), Shape(B=1, T=4, H=2, G=2, D=32, M=32, K=4)
+    loaded = load_backbone(str(backbone))
     monkeypatch.setattr("longmem.quickstart.load_backbone", lambda *_: loaded)
     monkeypatch.setattr("longmem.quickstart.SCORE_FROM", 512)
     monkeypatch.setattr("longmem.quickstart.DOCUMENT_TOKENS", 800)
-    monkeypatch.setattr("longmem.quickstart.shapes_for", lambda *_, **__: [small])
     for i in range(4):
         (texts / f"{i}.txt").write_text(" ".join(WORDS[(i * 31 + j * 7) % 40] for j in range(900)), encoding="utf-8")
     assert run("quickstart", "--data", texts, "--out", tmp_path / "out", "--steps", "2") == 0
     shown = capsys.readouterr()
-    assert "memory - other memory" in shown.out and "chunk_topk [" in shown.out
+    assert "memory - other memory" in shown.out
     assert "rows: 1 instead of 4" in shown.err
     assert f"longmem generate --run {tmp_path / 'out'} --remember" in shown.err
-    done, total = re.findall(r"time memory_attention:.* (\d+)/(\d+) \[", shown.err)[-1]
-    assert done == total
-    for name in ("perplexity.png", "timing.png", "timing.json", "longmem.safetensors"):
+    for name in ("perplexity.png", "longmem.safetensors"):
         assert (tmp_path / "out" / name).stat().st_size > 0
 
 

@@ -20,18 +20,19 @@ from unittest.mock import Mock
 import pytest
 import torch
 import typer
-from command_line import SMALL, backbone, run, texts, train
+from command_line import SMALL, backbone, bench, run, texts, train
 from safetensors.torch import save_file
 from typer.models import OptionInfo
 
 from longmem import config
-from longmem.bench.cli import DTYPES
-from longmem.bench.precompile import TRITON_OPS
-from longmem.bench.shapes import MODELS
-from longmem.cli import options as o
 from longmem.cli.app import app
 from longmem.cli.output import json_text
 from longmem.precision import PRECISIONS
+from longmem_bench.cli import options as o
+from longmem_bench.cli.app import app as bench_app
+from longmem_bench.cli.commands import DTYPES
+from longmem_bench.precompile import TRITON_OPS
+from longmem_bench.shapes import MODELS
 from longmem_kernels.memory_attention.api import FUSIONS
 
 __all__ = ["backbone", "texts"]  # fixtures
@@ -46,7 +47,7 @@ class Option(NamedTuple):
     required: bool
 
 
-def commands(group: typer.Typer = app, *path: str) -> Iterator[tuple[tuple[str, ...], list[Option]]]:
+def commands(group: typer.Typer, *path: str) -> Iterator[tuple[tuple[str, ...], list[Option]]]:
     """Every command by the words that name it, and its options."""
     for command in group.registered_commands:
         function = command.callback
@@ -73,7 +74,8 @@ def wrong_values(option: Option) -> list[str]:
     return ["-1", "1.5", "nan", "many"] if int in option.kinds else []
 
 
-COMMANDS = dict(commands())
+MOVED = [("longmem", "bench"), ("longmem", "profile")]
+COMMANDS = dict([*commands(app, "longmem"), *commands(bench_app, "longmem-bench")])
 WRONG = [
     pytest.param(words, option.name, value, id=f"{' '.join(words)} {option.name} {value}")
     for words, options in COMMANDS.items()
@@ -87,7 +89,7 @@ def test_every_option_refuses_what_makes_no_sense(
     words: tuple[str, ...], name: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     required = [word for one in COMMANDS[words] if one.required for word in (one.name, "there")]
-    code = run(*words, *required, name, value)
+    code = (bench if words[0] == "longmem-bench" else run)(*words[1:], *required, name, value)
     shown = capsys.readouterr().err
     assert code == 2 and shown.startswith("error: ") and name in shown, shown
     assert shown.count("\n") == 1 and "--help shows" in shown
@@ -103,20 +105,22 @@ def test_every_option_is_explained() -> None:
 
 
 def test_choices_are_those_of_the_code_behind_them() -> None:
-    assert get_args(o.BenchModel) == MODELS and get_args(o.Dtype) == tuple(DTYPES)
+    assert get_args(o.Model) == MODELS and get_args(o.Dtype) == tuple(DTYPES)
     assert get_args(o.TritonOp) == TRITON_OPS
     assert set(get_args(config.Fusion)) == set(FUSIONS) and config.PRECISIONS == PRECISIONS
 
 
 def test_help_and_version_need_no_pytorch() -> None:
-    asked = [[*words, "--help"] for words in COMMANDS] + [[], ["--help"], ["bench"], ["--version"]]
+    programs = ["longmem", "longmem-bench"]
+    asked = [[*words, "--help"] for words in COMMANDS if words not in MOVED]
+    asked += [["longmem", "--version"], *([name, *more] for name in programs for more in ([], ["--help"]))]
     code = f"""
 import sys
-from longmem.cli import main
+import longmem.cli, longmem_bench.cli
 for words in {asked!r}:
-    sys.argv = ["longmem", *words]
+    sys.argv = words
     try:
-        main()
+        (longmem if words[0] == "longmem" else longmem_bench).cli.main()
     except SystemExit as stop:
         assert stop.code in (0, 2), words
 heavy = {{"torch", "numpy", "transformers", "tqdm", "matplotlib"}} & sys.modules.keys()
@@ -125,6 +129,15 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "none|exact|paper" in done.stdout and "joint|gated" in done.stdout
+
+
+def test_commands_that_moved_say_where_to(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, new in (
+        ("bench retrieval --sweep M=32", "retrieval --sweep M=32"),
+        ("profile retrieval --steps 3", "profile --steps 3"),
+    ):
+        assert run(*words.split()) == 1
+        assert f"a command of its own: longmem-bench {new}\n" in capsys.readouterr().err
 
 
 def test_python_m_longmem_is_the_command() -> None:
@@ -410,7 +423,7 @@ longmem.cli.main()
 
     quiet, reused = found("train", environment)
     usual, returned = found("train", chosen)
-    measuring, untouched = found("bench", environment)
+    measuring, untouched = found("generate", environment)
     assert (quiet, usual, measuring) == ("PASSIVE", "active", "PASSIVE")
     pages = 8 * (48 << 20) // resource.getpagesize()
     assert returned >= pages and untouched >= pages and reused < pages / 4, (returned, untouched, reused)

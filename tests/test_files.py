@@ -17,13 +17,13 @@ from models import tiny_longmem
 from safetensors.torch import save_file
 
 from longmem import LongMem, MemoryBank
-from longmem.bench import regression
-from longmem.bench.results import Result
 from longmem.config import LongMemConfig
 from longmem.console import load_run
 from longmem.data.stream import SegmentStream
 from longmem.files import Whole, check_fields, load_tensors, save_tensors, save_text
 from longmem.training.metrics import MetricsLog
+from longmem_bench import regression
+from longmem_bench.results import Result
 from longmem_kernels import Ring
 
 
@@ -223,10 +223,9 @@ def test_configurations_are_read_strictly() -> None:
 
 @pytest.mark.parametrize("text", [*NO_JSON, "[]", '{"ratios": 3}', '{"ratios": {"avx2": {"x": "1"}}}', '{"other": {}}'])
 def test_damaged_stored_measurements_are_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regression, "STORED", tmp_path / "regression.json")
     (tmp_path / "regression.json").write_text(text)
     with pytest.raises(ValueError, match=f"{tmp_path}/regression.json"):
-        regression.stored("ratios", "avx2")
+        regression.stored(tmp_path / "regression.json", "ratios", "avx2")
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_lower_instruction_sets(level: str) -> None:
 
 def test_needs_less_memory_than_the_gathered_chunks() -> None:
     """Nothing of size T x S or T x K*C*D is made, forward or backward."""
-    from longmem.bench.memory import peak_extra_bytes
+    from longmem_bench.peak_memory import peak_extra_bytes
 
     inputs = make(Case(B=1, R=1, H=4, G=4, T=1024, S=1024, M=512, K=16, D=64), "cpu")
     gathered = 4 * 1024 * 16 * 4 * 64 * 4 * 2

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import bench
 from official_models import small_config
 
-from longmem.bench import GateError, official_step, table
-from longmem.bench.official_step import Steps, StepShape, check_losses, measure_steps, published, step_providers
+from longmem_bench import WrongResult, published_step, table
+from longmem_bench.published_step import Steps, StepShape, check_losses, measure_steps, published, step_providers
 
 TINY = StepShape(2, small_config())
 CPU = torch.device("cpu")
@@ -43,12 +42,12 @@ def test_the_memory_is_as_full_as_it_gets_and_evicts_every_other_step() -> None:
 def test_both_sides_keep_keys_and_values_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     compositions = []
 
-    class Noted(official_step.OfficialComposition):
+    class Noted(published_step.PublishedModel):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             compositions.append(self)
 
-    monkeypatch.setattr(official_step, "OfficialComposition", Noted)
+    monkeypatch.setattr(published_step, "PublishedModel", Noted)
     case = Steps(TINY)
     for provider in step_providers(CPU):
         step, _ = case.prepare(provider)
@@ -56,7 +55,7 @@ def test_both_sides_keep_keys_and_values_in_float16(monkeypatch: pytest.MonkeyPa
         step()
         assert case.model.memory.dtype == torch.float16
     assert {part.dtype for part in case.model.memory.keys + case.model.memory.vals} == {torch.float16}
-    stored = [part for composition in compositions for part in composition.memory.keys + composition.memory.values]
+    stored = [part for composition in compositions for part in (composition.memory.keys, composition.memory.values)]
     assert len(compositions) == 2 and {part.dtype for part in stored} == {torch.float16}
 
 
@@ -76,14 +75,14 @@ def test_another_loss_is_refused() -> None:
     check_losses(provider, [2.0, 3.0002], [2.0, 3.0])
     provider = replace(provider, precision="float32")
     check_losses(provider, [2.0, 3.00009], [2.0, 3.0])
-    with pytest.raises(GateError, match=r"'published composition, .*' in float32 differs by 0.0002 nats"):
+    with pytest.raises(WrongResult, match=r"'published composition, .*' in float32 differs by 0.0002 nats"):
         check_losses(provider, [2.0, 3.0002], [2.0, 3.0])
-    with pytest.raises(GateError):
+    with pytest.raises(WrongResult):
         check_losses(provider, [float("nan")], [2.0])
 
 
 def test_fewer_layers_keep_the_memory_at_its_depth() -> None:
-    assert published().config == official_step.PUBLISHED
+    assert published().config == published_step.PUBLISHED
     six = published(layers=6).config
     assert (six.layers, six.sidenet_layers, six.retrieval_layer_index, six.memory_layer) == (6, 3, 4, 2)
 
@@ -91,17 +90,14 @@ def test_fewer_layers_keep_the_memory_at_its_depth() -> None:
 def test_the_command_writes_what_the_report_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
-    monkeypatch.setattr(official_step, "small", lambda rows: replace(TINY, rows=rows))
+    monkeypatch.setattr(published_step, "small", lambda rows: replace(TINY, rows=rows))
     path = tmp_path / "results" / "step.json"
-    arguments = ["official_step", "--small", "--rows", "2", "--steps", "2", "--device", "cpu", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_module("benchmarks.official_step", run_name="__main__")
+    arguments = ["published-step", "--small", "--rows", "2", "--steps", "2", "--device", "cpu", "--json", path]
+    assert bench(*arguments) == 0
     printed = capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
     assert {row["op"] for row in rows} == {"official_step"} and len(rows) == len(step_providers(CPU))
-    monkeypatch.setattr(sys, "argv", ["report", str(path)])
-    runpy.run_module("benchmarks.report", run_name="__main__")
+    assert bench("report", path) == 0
     assert table_part(capsys.readouterr().out) == table_part(printed)
 
 

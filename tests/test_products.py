@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from longmem import products
-from longmem.products import onednn_products, why_no_onednn
+from longmem_bench import onednn
+from longmem_bench.onednn import onednn_products, why_no_onednn
 
 pytestmark = pytest.mark.skipif(why_no_onednn() is not None, reason=f"no oneDNN: {why_no_onednn()}")
 ONEDNN = "mkldnn::_linear_pointwise"
@@ -56,6 +56,6 @@ def test_what_it_is_not_meant_for_is_left_alone(dtype: torch.dtype) -> None:
 
 
 def test_a_pytorch_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "why_no_onednn", lambda: "built without it")
+    monkeypatch.setattr(onednn, "why_no_onednn", lambda: "built without it")
     with pytest.raises(RuntimeError, match="onednn_products: cannot run: built without it"):
         onednn_products()

@@ -12,10 +12,9 @@ import pytest
 from command_line import WORDS, backbone
 from typer.main import get_command
 
-from benchmarks import readme
-from longmem.bench import Row
-from longmem.bench.results import Result
 from longmem.cli.app import app
+from longmem_bench import Row, readme
+from longmem_bench.results import Result
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -135,14 +134,14 @@ def test_figures_are_those_of_the_results_they_name() -> None:
     results = results_named()
     leading = Result.load(results[0])
     parts = {
-        "measured": readme.measured(results),
+        "measured": readme.measured(results, ROOT),
         "plot": readme.plot(leading),
         "plots": readme.plots(leading),
-        "official-step": readme.official_step(results_named("official-step")[0]),
+        "official-step": readme.official_step(results_named("official-step")[0], ROOT),
     }
     assert parts.keys() == readme.PAGES.keys()
     for name, wanted in parts.items():
-        assert shown(name) == wanted, "python -m benchmarks.readme writes them anew"
+        assert shown(name) == wanted, "`longmem-bench readme` writes them anew"
 
 
 def test_a_gpu_row_shows_what_the_device_and_what_the_host_takes() -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from longmem.cli.bench import bench_app
 from typer.testing import CliRunner
 
-from longmem.bench import Provider, Shape, measure, providers
-from longmem.bench import tune as tuning
-from longmem.bench.providers import Prepared
-from longmem.bench.tune import save, table, tune, update
-from longmem.cli.bench import bench_app
+from longmem_bench import Provider, Shape, measure
+from longmem_bench import tune as tuning
+from longmem_bench.provider import Prepared
+from longmem_bench.providers import providers
+from longmem_bench.tune import save, table, tune, update
 from longmem_kernels import _tiles
 from longmem_kernels._dispatch import KERNEL_HEAD_DIMS
 
@@ -137,7 +138,7 @@ def test_candidates_are_ranked_behind_the_gate(kernel: None, tmp_path: Path) -> 
     assert ranking.winner.use == {"BT": 32, "num_warps": 2}
     text = table(ranking)
     assert "search (sm_90; D=32) in chunk_topk [B=1 T=4" in text
-    assert "1 refused: refused by the correctness gate: scores" in text
+    assert "1 refused: refused by the correctness check: scores" in text
     assert "1 refused: RuntimeError: out of resources" in text
     winner = next(line for line in text.splitlines() if line.startswith("winner"))
     assert winner.split() == ["winner", "1.000", "4.00", "32", "2"]

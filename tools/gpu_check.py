@@ -11,7 +11,7 @@ step is interrupted (SIGINT, so that pytest and the benchmarks print what they h
 for which there is none is skipped: the table at the end says so. A step that fails stops nothing.
 
 Written to ${OUT:-out/gpu_check}: gpu_check.log, summary.json, table.txt, key.json, bench.json, step.json and tune.json
-(`python -m benchmarks.report FILE --keep` keeps a result). Exit status: 0 nothing failed, 1 a step failed, 2 no GPU or
+(`longmem-bench report FILE --keep FOLDER` keeps a result). Exit status: 0 nothing failed, 1 a step failed, 2 no GPU or
 wrong arguments.
 
     PYTHON     interpreter of the environment to check (default python3); pip is that one's
@@ -144,6 +144,10 @@ def _longmem(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "longmem.cli", *arguments]
 
 
+def _measure(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "longmem_bench", *arguments]
+
+
 def _build(setup: Setup) -> list[list[Step]]:
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-index"]
     pip += os.environ.get("PIP_ARGS", "").split()
@@ -168,7 +172,7 @@ def _build(setup: Setup) -> list[list[Step]]:
     ]  # fmt: skip
     if not setup.rehearse:
         options = ["--providers", "compile,flex", "--seconds", "0.01", "--device", "cuda"]
-        together.append(Step("compiled_baselines", _longmem("bench", "fusion", *options), 60, report=of_rows))
+        together.append(Step("compiled_baselines", _measure("fusion", *options), 60, report=of_rows))
     info = Step("info", [sys.executable, "-m", "longmem_kernels.info"], 60, report=_of_info)
     return [*([step] for step in rows), together, [info]]
 
@@ -177,8 +181,8 @@ def _variants(setup: Setup, *options: str) -> Step:
     """Triton kernels of the base shapes; `tune` compiles its candidates itself."""
     table, workers = "90" if setup.capability >= (9, 0) else "80", str(max(1, setup.cores // 2))
     small = ["--ops", "chunk_topk", "--shape", "T=32,M=1024", "--scale", "small", "--workers", "1"]
-    command = ["bench", "compile", "--arch", table, "--minutes", "{minutes}"]
-    return Step("variants", _longmem(*command, *setup.pick(["--workers", workers, *options], small)), 120)
+    command = ["compile", "--arch", table, "--minutes", "{minutes}"]
+    return Step("variants", _measure(*command, *setup.pick(["--workers", workers, *options], small)), 120)
 
 
 def _of_build(text: str) -> list[str]:
@@ -204,8 +208,8 @@ def _tests(setup: Setup, name: str, mark: str) -> Step:
 def _bench(setup: Setup, name: str, report: Callable[[str], list[str]], *options: str) -> Step:
     full = ["--device", "cuda", "--without", "reference", "--seconds", "0.1"]
     small = ["--device", "cpu", "--scale", "small", "--providers", "cpp,index_copy,topk", "--seconds", "0.01"]
-    command = ["bench", "all", *options, *setup.pick(full, small), "--minutes", "{minutes}"]
-    return Step(name, _longmem(*command, "--json", str(setup.out / f"{name}.json")), 600, report=report)
+    command = ["all", *options, *setup.pick(full, small), "--minutes", "{minutes}"]
+    return Step(name, _measure(*command, "--json", str(setup.out / f"{name}.json")), 600, report=report)
 
 
 def _sanitize(setup: Setup) -> list[Step]:
@@ -240,16 +244,16 @@ def _sanitizer() -> str | None:
 
 
 def _tune(setup: Setup) -> Step:
-    full = ["bench", "tune", "--device", "cuda", "--minutes", "{minutes}", "--workers", str(setup.cores)]
+    full = ["tune", "--device", "cuda", "--minutes", "{minutes}", "--workers", str(setup.cores)]
     command = [*full, "--json", str(setup.out / "tune.json")]
-    small = ["bench", "compile", "--arch", "80", "--ops", "chunk_topk", "--shape", "T=1,M=1024", "--scale", "small"]
-    return Step("tune", _longmem(*setup.pick(command, [*small, "--workers", "1"])), report=of_tuning)
+    small = ["compile", "--arch", "80", "--ops", "chunk_topk", "--shape", "T=1,M=1024", "--scale", "small"]
+    return Step("tune", _measure(*setup.pick(command, [*small, "--workers", "1"])), report=of_tuning)
 
 
 def _published_step(setup: Setup) -> Step:
     small = ["--small", "--steps", "2", "--device", "cpu"]
     options = setup.pick(["--steps", "4", "--device", "cuda", "--kernels"], small)
-    command = [sys.executable, "-m", "benchmarks.official_step", *options, "--json", str(setup.out / "step.json")]
+    command = _measure("published-step", *options, "--json", str(setup.out / "step.json"))
     return Step("published_step", command, 120, report=_of_published_step)
 
 
@@ -264,7 +268,7 @@ def _profile(setup: Setup) -> Step:
     """The trace is large and stays where it is written; the log has the table."""
     folder = ["--out", "out/profile"]
     small = ["--device", "cpu", "--shape", "T=8,M=64,K=4", "--steps", "2"]
-    return Step("profile", _longmem("profile", "retrieval", *setup.pick(["--device", "cuda"], small), *folder), 90,
+    return Step("profile", _measure("profile", *setup.pick(["--device", "cuda"], small), *folder), 90,
                 report=lambda text: [line for line in text.splitlines() if line.startswith("whole step")])  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longmem.bench.timing import cuda_times, median_ms, wall_times
+from longmem_bench.timing import cuda_times, median_ms, wall_times
 from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
 
 LOSS_ROUNDING = 2e-3  # nats: sums of other orders

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from .failures import explained
 from .process import prepared_process, reuse_memory
 
-# What allocates the same tensors step after step. `bench` and `profile` measure code as it runs elsewhere.
+if TYPE_CHECKING:
+    from typer import Typer
+
+# What allocates the same tensors step after step. `longmem-bench` measures code as it runs elsewhere.
 _LOOPS = (["train"], ["probe-layers"], ["eval"], ["recall"], ["quickstart"])
 
 
@@ -23,11 +27,16 @@ def main() -> None:
 
 
 def _run() -> None:
-    from typer.main import get_command
-
     from .app import app
+
+    invoke(app, "longmem")
+
+
+def invoke(app: Typer, name: str) -> None:
+    """Run the command that this process's arguments name. Raises what goes wrong, for `explained`."""
+    from typer.main import get_command
 
     # Not app(): typer would answer Ctrl-C, closed pipes and its own errors before `explained` sees them.
     command = get_command(app)
-    with command.make_context("longmem", sys.argv[1:]) as context:
+    with command.make_context(name, sys.argv[1:]) as context:
         command.invoke(context)

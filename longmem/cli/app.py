@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +14,8 @@ from longmem.evaluate import DOCUMENT_TOKENS, SCORE_FROM
 from longmem.training.config import TrainConfig
 
 from . import options as o
-from .bench import bench_app, profile_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="A frozen language model with a long-term memory.")
-app.add_typer(bench_app, name="bench")
-app.add_typer(profile_app, name="profile")
 
 
 def _print_version(asked: bool) -> None:
@@ -206,7 +204,28 @@ def quickstart(
     steps: o.Steps = TrainConfig.steps,
     device: o.DeviceName = "auto",
 ) -> None:
-    """Train a memory around SmolLM2-135M, show what it is worth, and time the kernels."""
+    """Train a memory around SmolLM2-135M and show what it is worth on unseen texts."""
     from longmem.quickstart import run_quickstart
 
     run_quickstart(out, data, steps, device)
+
+
+def _moved(name: str, arguments: list[str] | None) -> None:
+    words = ["longmem-bench", *(["profile"] if name == "profile" else []), *(arguments or [])]
+    raise ValueError(f"longmem {name} has become a command of its own: {shlex.join(words)}")
+
+
+_ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True}
+_Words = Annotated[list[str] | None, typer.Argument()]
+
+
+@app.command(hidden=True, context_settings=_ANYTHING, add_help_option=False)
+def bench(arguments: _Words = None) -> None:
+    """Moved: longmem-bench."""
+    _moved("bench", arguments)
+
+
+@app.command(hidden=True, context_settings=_ANYTHING, add_help_option=False)
+def profile(arguments: _Words = None) -> None:
+    """Moved: longmem-bench profile."""
+    _moved("profile", (arguments or [])[1:])  # after its one subcommand

@@ -21,6 +21,7 @@ from .output import close_bars, note
 from .process import Stopped
 
 TRACEBACK = "LONGMEM_TRACEBACK"
+_OURS = ("longmem", "longmem_kernels", "longmem_bench")
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _of_imports(error: BaseException) -> Ending | None:
     if not isinstance(error, ImportError):
         return None
     module = (error.name or "").split(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or module in ("", "longmem", "longmem_kernels"):
+    if not isinstance(error, ModuleNotFoundError) or module in ("", *_OURS):
         return Ending(f"{_line(error)}{_while(error)}")
     package, extra = _extra_of(module)
     if extra is None:
@@ -284,7 +285,7 @@ def _of_input(error: BaseException) -> Ending | None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """True when a `raise` of this package made it, not a function in C++ or of a library that was called there."""
+    """True when a `raise` of these packages made it, not a function in C++ or of a library that was called there."""
     trace = error.__traceback__
     if trace is None:
         return False
@@ -292,7 +293,7 @@ def _is_ours(error: BaseException) -> bool:
         trace = trace.tb_next
     module = str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0]
     raised = trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and module in ("longmem", "longmem_kernels")
+    return raised and module in _OURS
 
 
 def _while(error: BaseException) -> str:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
-
-import typer
+from typing import Annotated, Literal
 
 from longmem.config import Fusion, Precision, Scope, SideNetKind, SpecialTokens, Trainable
 from longmem.data.documents import CORPORA
 from longmem.training.config import Parallel, Reset
 
+from .definitions import finite as _finite
+from .definitions import option as _option
+
 Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["float32", "bfloat16", "float16"]
-Scale = Literal["auto", "paper", "small"]
-BenchModel = Literal["tiny", "smollm2"]
-TritonOp = Literal["chunk_topk", "memory_attention", "memory_attention_backward", "memory_layer"]
 
 # Of `generate`, where the model's generation configuration says nothing.
 TEMPERATURE, TOP_P = 0.7, 0.95
@@ -25,27 +20,6 @@ TEMPERATURE, TOP_P = 0.7, 0.95
 _TEXTS, _MODEL, _MEMORY, _TRAINING = "Texts and places", "Model", "Memory", "Training"
 _PROCESSES, _MACHINE = "Several processes", "Machine and output"
 _GENERATION, _MEASURED = "Generation", "What is measured"
-
-
-def _finite(
-    *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf, most: float = math.inf
-) -> Callable[[Any], Any]:
-    """A callback that refuses numbers outside (above, below) and [least, most], not-a-number and infinity."""
-    limits = [(above, "above"), (least, "of at least"), (below, "below"), (most, "of at most")]
-    wanted = " and ".join(f"{word} {value:g}" for value, word in limits if math.isfinite(value))
-
-    def check(value: Any) -> Any:
-        inside = value is None or (math.isfinite(value) and above < value < below and least <= value <= most)
-        if not inside:
-            raise typer.BadParameter(f"wanted a number {wanted}".rstrip() + f", got {value}")
-        return value
-
-    return check
-
-
-def _option(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
 
 # Texts and places
 
@@ -266,52 +240,3 @@ FullContext = Annotated[
 Quick = Annotated[
     bool, _option("--quick", help="Seconds instead of a minute: short distances, few documents.", panel=_MEASURED)
 ]
-Sweep = Annotated[
-    str | None,
-    _option(help="M=4096,16384 (any size), the name of a kept sweep (M), or all.", panel=_MEASURED),
-]
-Providers = Annotated[
-    str | None, _option(help="Parts of names, by commas: longmem,faiss. Default: all.", panel=_MEASURED)
-]
-Without = Annotated[str | None, _option(help="Parts of names to leave out, by commas: reference.", panel=_MEASURED)]
-Kernels = Annotated[
-    bool, _option("--kernels", help="Print the times of single kernels (CPU: ops) as well.", panel=_MEASURED)
-]
-BaseAlone = Annotated[bool, _option("--base", help="The base shapes alone.", panel=_MEASURED)]
-SweepsAlone = Annotated[bool, _option("--sweeps", help="The sweeps alone.", panel=_MEASURED)]
-KernelNames = Annotated[
-    str | None, _option("--kernel", help="Parts of kernels' names, by commas. Default: all.", panel=_MEASURED)
-]
-Workers = Annotated[int, _option(min=0, help="Processes that compile candidates beforehand; 0: none.", panel=_MEASURED)]
-Compilers = Annotated[
-    int | None, _option("--workers", min=1, help="Processes that compile; default: one per core.", panel=_MEASURED)
-]
-RankingsFile = Annotated[
-    Path | None, _option("--json", help="Write rankings and winners; LONGMEM_TILES reads it.", panel=_TEXTS)
-]
-Update = Annotated[bool, _option("--update", help="Put the winners into the tables of longmem_kernels.", panel=_TEXTS)]
-Architecture = Annotated[int, _option("--arch", min=1, help="Compute capability: 80 or 90.", panel=_MEASURED)]
-AlsoSweeps = Annotated[bool, _option("--sweeps", help="Also what sweeps launch.", panel=_MEASURED)]
-AlsoTiles = Annotated[bool, _option("--tiles", help="Also all candidates that `tune` would try.", panel=_MEASURED)]
-Ops = Annotated[
-    str | None, _option(help=f"By commas, of {', '.join(get_args(TritonOp))}. Default: all.", panel=_MEASURED)
-]
-Sizes = Annotated[str | None, _option("--shape", help="Other sizes than the base shape's: B=1,T=256.", panel=_MEASURED)]
-DtypeName = Annotated[
-    Dtype | None, _option("--dtype", help="Number format; default: the base shape's.", panel=_MEASURED)
-]
-ScaleName = Annotated[
-    Scale, _option("--scale", help="The paper's shapes or small ones; auto: the paper's on a GPU.", panel=_MEASURED)
-]
-ModelName = Annotated[BenchModel | None, _option("--model", help="Backbone of generate and train.", panel=_MEASURED)]
-Seconds = Annotated[
-    float, _option(callback=_finite(above=0), help="Time that a row is measured for, about.", panel=_MEASURED)
-]
-Minutes = Annotated[
-    float | None, _option(callback=_finite(least=0), help="Begin nothing new after this time.", panel=_MEASURED)
-]
-ProfileSteps = Annotated[int, _option("--steps", min=1, help="Steps of each layer that are averaged.", panel=_MEASURED)]
-JsonFile = Annotated[Path | None, _option("--json", help="Write the rows to this file; - is stdout.", panel=_TEXTS)]
-Plots = Annotated[Path | None, _option("--plots", help="Write PNGs to this folder.", panel=_TEXTS)]
-Keep = Annotated[bool, _option("--keep", help="Keep the rows under benchmarks/results/.", panel=_TEXTS)]
-TraceOut = Annotated[Path, _option("--out", help="Folder for one Chrome trace per layer.", panel=_TEXTS)]

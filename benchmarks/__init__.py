@@ -1,1 +1,0 @@
-"""Benchmarks under pytest-benchmark: `pytest benchmarks/`, then `python -m benchmarks.report` (see conftest.py)."""
