@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import re
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from command_line import WORDS, backbone
 from typer.main import get_command
 
 from longmem.cli.app import app
 from longmem_bench import Row, readme
 from longmem_bench.results import Result
+from longmem_kernels import __version__
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -168,3 +171,46 @@ def test_the_readme_of_tests_says_of_every_file_what_it_tests() -> None:
     unnamed = {name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)}
     stale = {pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in files)}
     assert not unnamed and not stale
+
+
+def test_the_page_of_environment_variables_has_them_all() -> None:
+    read = r"(?:environ(?:\.get\(|\[)|getenv\(|setenv\(|\$\{)\s*\"?(LONGMEM_\w+)"
+    sources = [
+        path
+        for folder in ("longmem", "longmem_kernels", "longmem_bench", "csrc", "tests", "tools")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".h", ".cpp", ".cu", ".sh")
+    ]
+    used = {name for path in [ROOT / "setup.py", *sources] for name in re.findall(read, path.read_text("utf-8"))}
+    page = (ROOT / "docs/environment-variables.md").read_text(encoding="utf-8")
+    assert {"LONGMEM_BUILD", "LONGMEM_SIMD", "LONGMEM_CACHE"} <= used
+    assert {name for name in used if f"`{name}" not in page} == set()
+
+
+@pytest.mark.parametrize("package", ["longmem", "longmem_kernels"])
+def test_the_api_reference_has_every_public_name(package: str) -> None:
+    page = (ROOT / "docs/api" / f"{package}.md").read_text(encoding="utf-8")
+    names = {name for name in import_module(package).__all__ if not name.startswith("__")}
+    assert {name for name in names if not re.search(rf"(\.|[\[ ]){name}\b", page)} == set()
+
+
+def test_precommit_runs_what_make_lint_runs() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    lint = re.search(r"^lint: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert lint is not None
+    commands = [line.replace("$(BIN)/", "").split() for line in lint[1].splitlines()]
+    for hook, command in zip(hooks, commands, strict=True):
+        entry = hook["entry"].removeprefix(".venv/bin/").split()
+        assert [word for word in entry if word != "--force-exclude"] == [
+            w for w in command if w not in (".", "$(CXX_FILES)")
+        ]
+
+
+def test_the_citation_and_the_templates_are_complete() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() and citation["version"] == __version__
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for template in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(template.read_text(encoding="utf-8"))
+        assert {"name", "description", "body"} <= form.keys() and all("label" in f["attributes"] for f in form["body"])
+    assert "python -m longmem_kernels.info" in (ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text(encoding="utf-8")
