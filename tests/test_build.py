@@ -252,7 +252,7 @@ def test_extras_hold_what_their_parts_import() -> None:
     }
     optional = {"torch", "triton", "longmem", "longmem_kernels"}
     assert needed["longmem_kernels"] <= optional
-    # transformers brings tokenizers, PyTorch typing_extensions; flashlib is measured when it is there, and runs on GPUs alone.
+    # transformers brings tokenizers, PyTorch typing_extensions. flashlib is measured when it is there, on GPUs alone.
     assert needed["longmem_bench"] - optional <= extra("bench") - {"faiss-cpu"} | {"faiss", "flashlib"}
     rest = needed["longmem"] - optional - {"tokenizers", "typing_extensions"}
     assert rest <= extra("model") | extra("parquet") | extra("tensorboard") and "typer" in extra("bench")
