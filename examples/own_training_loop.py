@@ -44,7 +44,7 @@ def main() -> None:
     held_out, tokens = tokens[-2 * options.segment - 1 :], tokens[: -2 * options.segment - 1]
 
     torch.manual_seed(0)
-    config = LongMemConfig(memory_layers=default_memory_layers(backbone), segment=options.segment)
+    config = LongMemConfig(memory_layers=default_memory_layers(backbone), segment=options.segment, memory_tokens=4096)
     model = LongMem(backbone, config)
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=2e-3)  # the backbone stays frozen
     memory = model.new_memory(rows=1)
