@@ -1,9 +1,9 @@
 """Train a memory around a frozen model in a loop of your own, on one text file.
 
-    python examples/own_training_loop.py BOOK.txt --model smollm2 --steps 20 --out runs/mine
+    python examples/own_training_loop.py BOOK.txt --model smollm2 --steps 12 --out runs/mine
 
 `--model` is a folder or hub name of a transformers model, a GGUF file, or smollm2. The loop reads the book from its
-beginning to its last part in consecutive segments, and measures that part with three memories. Twenty steps show the
+beginning to its last part in consecutive segments, and measures that part with three memories. A dozen steps show the
 mechanics; a read that helps needs some hundred steps over many books (docs/training.md).
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("book", type=Path)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--segment", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("runs/mine"))
     options = parser.parse_args()
