@@ -3,8 +3,8 @@
     python examples/own_training_loop.py BOOK.txt --model smollm2 --steps 12 --out runs/mine
 
 `--model` is a folder or hub name of a transformers model, a GGUF file, or smollm2. The loop reads the book from its
-beginning to its last part in consecutive segments, and measures that part without and with memory. A dozen steps show the
-mechanics; a read that helps needs some hundred steps over many books (docs/training.md).
+beginning to its last part in consecutive segments, and measures that part without and with memory. A dozen steps show
+the mechanics; a read that helps needs some hundred steps over many books (docs/training.md).
 """
 
 import argparse
