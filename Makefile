@@ -1,6 +1,7 @@
 # make quickstart   sets everything up, trains a memory around SmolLM2-135M on real texts, prints what it is worth
 # make test         sets everything up, runs all tests
-# make bench        every table and plot for this machine, kept under benchmarks/results; make readme puts them into README
+# make docs         the documentation as a site in out/site
+# make bench        every table and plot for this machine, kept under benchmarks/results; make readme puts them into README and docs/measured.md
 # make matrix       builds and tests with PyTorch 2.11 to 2.14; needs some 20 GB, ARGS="--help" tells how to need less
 # Settings: PYTHON=python3.12, TORCH=torch==2.11.0 (any 2.11 or later), ARGS="--data my-texts" for quickstart.
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 CXX_FILES = $(filter csrc/%,$(SOURCES)) tests/cuda_on_cpu.h
 SOURCES := setup.py pyproject.toml longmem_kernels/_version.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: quickstart test lint format bench readme matrix clean
+.PHONY: quickstart test lint format docs bench readme matrix clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/longmem quickstart $(ARGS) && $(BIN)/longmem-bench quick --plots out/quickstart
@@ -25,6 +26,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+# The pages and the API reference, as a site in out/site; a broken link or an unknown name ends it. Needs no network.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -45,7 +50,7 @@ $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" numpy
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[triton,model,bench,test,lint]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[triton,model,bench,test,lint,docs]"
 	$(BIN)/python -m longmem_kernels.info
 	touch $@
 

@@ -1,4 +1,4 @@
-"""What defines a LongMem beside its backbone."""
+"""Configuration of a LongMem: everything that defines it beside its backbone."""
 
 from __future__ import annotations
 

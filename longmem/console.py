@@ -1,4 +1,4 @@
-"""What the commands share: checking, choosing and loading things, saying what runs, progress bars, reports."""
+"""Parts that the commands share: checks, choices, loading, announcements, progress bars, reports."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def load_named(backbone: str, device: torch.device) -> tuple[Backbone, Any]:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """What config.json in `run` says: at least the keys of `ABOUT`.
+    """Reads config.json in `run`: at least the keys of `ABOUT`.
 
     Raises:
         ValueError: there is none, or it is damaged.
@@ -189,7 +189,7 @@ def split_documents(
 
 
 def announce(model: LongMem, precision: str) -> None:
-    """What will run, where, and with which kernels."""
+    """Prints what will run, where, and with which kernels."""
     device = model.backbone.device
     trainable = sum(parameter.numel() for parameter in model.trainable().values())
     total = sum(parameter.numel() for parameter in model.backbone.parameters())

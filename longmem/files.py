@@ -29,7 +29,7 @@ _SHOWN = 80  # characters of a value, or of another package's message
 
 @dataclass(frozen=True)
 class Whole:
-    """As the type of a field: an integer from `low` to `high`."""
+    """Type of a field: an integer from `low` to `high`."""
 
     low: int = 0
     high: int = 2**53
@@ -135,7 +135,7 @@ def _unbroken(path: str | Path, kind: str) -> Iterator[None]:
 
 
 def load_json(path: str | Path, kind: str) -> Any:
-    """What a JSON file holds.
+    """Content of a JSON file.
 
     Raises:
         ValueError: there is no such file, or it is no JSON.

@@ -143,7 +143,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Stop:
-    """What ends a row, and what it yields from then on; see `LongMem.generate`."""
+    """Tokens and criteria that end a row, and the token it yields from then on; see `LongMem.generate`."""
 
     eos: tuple[int, ...] = ()
     pad: int = 0

@@ -131,7 +131,7 @@ class MemoryBank:
             )
 
     def _all_or_none(self, rows: Tensor) -> bool:
-        """Whether a shared memory is to forget everything."""
+        """True when a shared memory is to forget everything."""
         if bool(rows.any()) and not bool(rows.all()):
             raise ValueError('MemoryBank.reset: with scope="shared" all rows are one memory; reset all or none')
         return bool(rows.all())
@@ -301,8 +301,8 @@ class MemoryBank:
 
     @classmethod
     def _options(cls, state: dict[str, Tensor], about: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        """What to make the bank with that a file holds. No more will be allocated than its tensors show to be there:
-        the sizes in the header are tried on the meta device.
+        """Options of the bank that a file holds. No more will be allocated than its tensors show to be there: the
+        sizes in the header are tried on the meta device.
 
         Raises:
             ValueError: its tensors do not fit its header.

@@ -108,7 +108,7 @@ def _up_to(counts: list[int], piece: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of a text that is written segment by segment.
+    """Outcome of writing a text segment by segment.
 
     Attributes:
         first: of each row of the text, the first segment that is worth encoding.
@@ -122,7 +122,7 @@ class Fate:
 
 
 def foresee(lengths: list[int], rings: list[int], memory: MemoryBank, segment: int) -> Fate:
-    """Which segments of rows with `lengths` tokens, row i going to ring `rings[i]`, are overwritten by later ones.
+    """Finds the segments of rows with `lengths` tokens, row i going to ring `rings[i]`, that later ones overwrite.
 
     Rows that share a ring are written in turn, one segment of each. A segment is worth encoding when any token of it,
     or of what is written to the same ring together with it, is kept.

@@ -73,7 +73,7 @@ class ShardedMemoryBank(MemoryBank):
         )
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """As `MemoryBank.reset`; None, which all ranks must give then, is all rows of all ranks.
+        """Resets as `MemoryBank.reset`; None, which all ranks must give then, is all rows of all ranks.
 
         Raises:
             ValueError: a shared memory cannot forget some rows only, of this rank or of another.
@@ -90,7 +90,7 @@ class ShardedMemoryBank(MemoryBank):
             self._written.masked_fill_(everyone, 0)
 
     def write(self, key: Tensor, value: Tensor, mask: Tensor | None = None, rows: Sequence[int] | None = None) -> None:
-        """As `MemoryBank.write`; of all ranks' tokens each keeps those of its chunks.
+        """Writes as `MemoryBank.write`; of all ranks' tokens each rank keeps those of its chunks.
 
         Raises:
             ValueError: as there, or for some of the rows alone: other ranks might write others.
@@ -119,7 +119,7 @@ class ShardedMemoryBank(MemoryBank):
         return (chunk % self.ranks.world == self.ranks.rank).view_as(mask)
 
     def retrieve(self, query: Tensor, k: int, *, layer: int = 0) -> tuple[Tensor, Tensor]:
-        """As `MemoryBank.retrieve`."""
+        """Retrieves as `MemoryBank.retrieve`."""
         ids, scores = super().retrieve(self.ranks.gather(query.detach()), k, layer=layer)
         ids = torch.where(ids < 0, ids, ids * self.ranks.world + self.ranks.rank)
         ids, scores = (self.ranks.give_back(x).movedim(0, -2).flatten(-2) for x in (ids, scores))
@@ -143,7 +143,7 @@ class ShardedMemoryBank(MemoryBank):
         return_memory_share: bool = False,
         **options: Any,
     ) -> Any:
-        """As `MemoryBank.attend`, with the same gradients."""
+        """Attends as `MemoryBank.attend`, with the same gradients."""
         if (gate is not None) != (fusion == "gated"):
             wanted = "needs gate [H]" if fusion == "gated" else "takes no gate"
             raise ValueError(f"ShardedMemoryBank: fusion={fusion!r} {wanted}, got {'none' if gate is None else 'one'}")
@@ -182,7 +182,7 @@ class ShardedMemoryBank(MemoryBank):
         return self._written[own], self._ring.chunks * self.ranks.world
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Of what this rank holds."""
+        """State of what this rank holds."""
         return super().state_dict() | {"written": self._written.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -255,7 +255,7 @@ class ShardedMemoryBank(MemoryBank):
 
 
 def shard_of(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """What a rank holds of a whole bank's `state_dict`."""
+    """Part of a whole bank's `state_dict` that a rank holds."""
     written = state["cursor"]
     cursor = tokens_of_rank(written, state["store"].shape[4], ranks)
     shard = {

@@ -1,4 +1,4 @@
-"""Where the backbone's states of a batch come from: computed now, or computed once and kept on disk."""
+"""Sources of the backbone's states of a batch: computed now, or computed once and kept on disk."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class StateCache:
         self._before = documents
 
     def path(self, index: int) -> Path:
-        """Where the states of a document are, or will be."""
+        """File of a document's states, written or not yet."""
         if index not in self._paths:
             model = self.model
             about = f"{model.fingerprint} {sorted(model.sidenet.depths)} {model.config.segment} {self.precision}"
@@ -143,7 +143,7 @@ class StateCache:
         return [*pieces, tokens[None, whole:]] if whole < len(tokens) else pieces
 
     def kept(self, states: States, layers: Sequence[int]) -> dict[str, Tensor]:
-        """Of states with the keys and values of `layers` those of this cache's model: token axis first, rows one after
+        """Selects from states of `layers` the tensors that this cache's model needs: token axis first, rows one after
         another."""
         heads = states.key.shape[1] // len(layers)
         places = [layers.index(layer) for layer in self.model.config.memory_layers]

@@ -196,7 +196,7 @@ class Case:
         return self.row(provider, reason=what, wrong=True)
 
     def least(self) -> dict[str, Any]:
-        """What the operation has to do, and how long the machine's ceilings make that: fields of a row."""
+        """Least work of the operation, and the time it takes at the machine's ceilings: fields of a row."""
         amount: Work | None = self.inputs.work() if self.op in MODEL_OPS else work(self.op, self.shape)
         if amount is None:
             return {}

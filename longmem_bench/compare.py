@@ -1,4 +1,4 @@
-"""What changed between two results, beyond noise."""
+"""Changes between two results, beyond noise."""
 
 from __future__ import annotations
 

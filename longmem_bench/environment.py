@@ -1,4 +1,4 @@
-"""What a number depends on beside the code: versions, commit, device, threads."""
+"""Environment of a measurement: versions, commit, device, threads."""
 
 from __future__ import annotations
 

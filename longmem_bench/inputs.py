@@ -54,7 +54,7 @@ class LayerInputs:
 
     @property
     def write(self) -> WriteInputs:
-        """What is written: the segment, not the keys cached before it."""
+        """Keys and values that are written: of the segment, not those cached before it."""
         fusion, T = self.fusion, self.fusion.shape.T
         return WriteInputs(fusion.shape, fusion.key[:, :, -T:], fusion.value[:, :, -T:], fusion.ring)
 

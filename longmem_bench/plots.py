@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .report import (
+    WORDS,
     best_baseline,
     common_shape,
     grouped,
@@ -192,13 +193,18 @@ def _lines(panel: Any, op: str, sweep: str, points: list[list[Row]], styles: dic
     panel.set_yscale("log")
     ticks = [size_of(point[0], sweep) for point in points]
     panel.set_xticks(ticks, [_short(size) for size in ticks], fontsize=7)
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = panel.get_ylim()
+    # Enough of them to read a value by, where all lie within one power of ten.
+    panel.yaxis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if high > 10 * low else (1.0, 2.0, 3.0, 4.0, 6.0, 8.0))
+    )
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 1)))
     panel.minorticks_off()
     panel.tick_params(axis="y", labelsize=7)
-    panel.set_xlabel(_SIZES.get(symbol, symbol), fontsize=8)
-    panel.set_ylabel("time per call, ms (median, p20 to p80)", fontsize=7)
-    heading = f"{op}, {sweep}\n" + "\n".join(textwrap.wrap(common_shape(points, sweep), 62))
+    panel.set_xlabel(f"{_SIZES.get(symbol, symbol)}, log scale", fontsize=8)
+    panel.set_ylabel("time per call, ms, log scale (median, p20 to p80)", fontsize=7)
+    growing = _SIZES.get(symbol, symbol) + sweep.removeprefix(symbol)
+    heading = f"{WORDS[op]} ({op}) by {growing}\n" + "\n".join(textwrap.wrap(common_shape(points, sweep), 62))
     panel.set_title(heading, fontsize=8, loc="left")
     panel.grid(axis="y", color="0.9", lw=0.6)
     panel.spines[["top", "right"]].set_visible(False)

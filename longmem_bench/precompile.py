@@ -51,8 +51,8 @@ class Compiled:
 
 
 class _Driver:
-    """What Triton asks a driver before it launches. The device's number is its architecture: Triton keeps compiled
-    kernels by device."""
+    """Answers to what Triton asks a driver before it launches. The device's number is its architecture: Triton keeps
+    compiled kernels by device."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -119,7 +119,7 @@ def _launch(variant: Variant) -> None:
 
 
 def lookups_of(variant: Variant, architecture: int) -> list[_tiles.Lookup]:
-    """What its launches ask the tables for, one of each kernel, found without compiling anything."""
+    """Rows that its launches ask the tables for, one of each kernel, found without compiling anything."""
     from triton.runtime.jit import JITFunction
 
     nothing = mock.patch.object(JITFunction, "run", lambda *args, **options: None)

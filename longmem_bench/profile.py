@@ -1,4 +1,4 @@
-"""Where the time of a memory layer goes, by torch.profiler with named ranges; on CUDA they are NVTX ranges as well."""
+"""Time of each part of a memory layer, by torch.profiler with named ranges; on CUDA they are NVTX ranges as well."""
 
 from __future__ import annotations
 

@@ -97,6 +97,6 @@ class Provider:
 
 
 def matches(provider: Provider, word: str) -> bool:
-    """Whether the provider's name holds `word`, or matches it as a pattern with `*`; case does not matter."""
+    """True when the provider's name holds `word`, or matches it as a pattern with `*`; case does not matter."""
     pattern = word.lower() if "*" in word else f"*{word.lower()}*"
     return fnmatch.fnmatchcase(provider.name.lower(), pattern)

@@ -1,6 +1,6 @@
-"""README's figures and its two leading plots, from the newest results kept.
+"""The figures in README and docs/measured.md, from the newest results kept.
 
-Nothing in README's measured parts is written by hand: a test holds them to what this makes of the file they name.
+Nothing in their measured parts is written by hand: a test holds them to what this makes of the file they name.
 """
 
 from __future__ import annotations
@@ -11,30 +11,29 @@ from pathlib import Path
 
 from longmem.files import save_text
 
-from .plots import plot, plot_sweeps
-from .report import best_of_ours, grouped, significant, times_faster
+from .plots import plot as plot_bars
+from .plots import plot_sweeps
+from .report import WORDS, best_of_ours, grouped, significant, times_faster
 from .results import Result, newest
 from .row import Row
 
 LEADING = {"chunk_topk": ("M", "K"), "memory_attention": ("T", "K")}  # ops that are drawn, and their sweeps
-_WORDS = {
-    "chunk_topk": "search",
-    "memory_attention": "local and memory attention",
-    "memory_attention_backward": "the same, forward and backward",
-    "ring_write": "write",
-    "memory_layer": "search, attention and write",
-    "generate": "generation, per token",
-    "train_step": "training step",
+PAGES = {
+    "plot": "README.md",
+    "plots": "docs/measured.md",
+    "measured": "docs/measured.md",
+    "official-step": "docs/measured.md",
 }
+"""The file of each block, from the root of the repository."""
 
 
 def block(name: str) -> re.Pattern[str]:
-    """Matches the part of README between the comments `<!-- name -->` and `<!-- /name -->`."""
+    """Matches the part of a page between the comments `<!-- name -->` and `<!-- /name -->`."""
     return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.S)
 
 
 def measured(paths: list[Path], root: Path) -> str:
-    """The text of the block "measured" for these results, one table each; `root` is README's folder."""
+    """The text of the block "measured" for these results, one table each; `root` is the repository's."""
     parts = []
     for path in paths:
         result = Result.load(path)
@@ -44,25 +43,35 @@ def measured(paths: list[Path], root: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def plot(result: Result) -> str:
+    """The text of the block "plot": one picture, the first sweep of each leading operation."""
+    words = ", and ".join(WORDS[op] for op in LEADING)
+    return f"![{words.capitalize()} beside baselines, {_device(result)}, {result.date}](docs/measured.png)\n"
+
+
 def plots(result: Result) -> str:
-    """The text of the block "plots"."""
-    device, date = _device(result), result.date
-    lines = []
-    for op in LEADING:
-        lines.append(f"![{_WORDS[op].capitalize()} beside baselines, {device}, {date}](docs/measured-{op}.png)")
+    """The text of the block "plots": a picture for each leading operation, with all its sweeps."""
+    about = f"{_device(result)}, {result.date}"
+    lines = [f"![{WORDS[op].capitalize()} beside baselines, {about}](measured-{op}.png)" for op in LEADING]
     return "\n".join(lines) + "\n"
 
 
 def draw(result: Result, folder: Path) -> None:
-    """The pictures that `plots` names: the sweeps, or bars where none was measured."""
+    """The pictures that `plot` and `plots` name: the sweeps, or bars where none was measured."""
+    base = [row for row in result.rows if row.op in LEADING and not row.sweep]
+    first = [row for op, sweeps in LEADING.items() for row in result.rows if (row.op, row.sweep) == (op, sweeps[0])]
+    _draw(first, base, folder / "measured.png", result.date)
     for op, sweeps in LEADING.items():
         mine = [row for row in result.rows if row.op == op]
-        swept = [row for row in mine if row.sweep in sweeps]
         path = folder / f"measured-{op}.png"
-        if swept:
-            plot_sweeps(swept, path, date=result.date)
-        else:
-            plot([row for row in mine if not row.sweep], path, date=result.date)
+        _draw([row for row in mine if row.sweep in sweeps], [row for row in mine if not row.sweep], path, result.date)
+
+
+def _draw(swept: list[Row], base: list[Row], path: Path, date: str) -> None:
+    if swept:
+        plot_sweeps(swept, path, date=date)
+    else:
+        plot_bars(base, path, date=date)
 
 
 def official_step(path: Path, root: Path) -> str:
@@ -100,7 +109,7 @@ def _heading(result: Result) -> str:
 
 def _source(path: Path, root: Path) -> str:
     where = path.resolve().relative_to(root.resolve()).as_posix()
-    return f"(All rows with spreads, and what could not run: [{where}]({where}), `longmem-bench report FILE`.)"
+    return f"(All rows with spreads, and what could not run: `longmem-bench report {where}`.)"
 
 
 def _table(result: Result) -> Iterator[str]:
@@ -117,7 +126,7 @@ def _table(result: Result) -> Iterator[str]:
         against = "; ".join(f"{_named(row)} ({significant(faster[row.provider], 2)}x)" for row in baselines)
         first = group[0]
         yield (
-            f"| {_WORDS[first.op]} (`{first.op}`) | {first.shape} {first.dtype} | **{_time(own)}**"
+            f"| {WORDS[first.op]} (`{first.op}`) | {first.shape} {first.dtype} | **{_time(own)}**"
             f" | {against or '-'} | {'; '.join(map(_named, bounds)) or '-'} | {_memory(own, baselines)} |"
         )
 
@@ -142,26 +151,27 @@ def _memory(own: Row, baselines: list[Row]) -> str:
     return f"{mine}; baselines {' to '.join(others)}" if others else mine
 
 
-def rewrite(text: Path, results: Path, docs: Path) -> list[Path]:
-    """Put the newest of `results` into the README `text`, draw its plots to `docs`, and return what was used.
+def rewrite(root: Path, results: Path) -> list[Path]:
+    """Put the newest of `results` into the pages of the repository `root`, draw their plots, and return what was used.
 
     Raises:
-        ValueError: no result is kept, or README has no place for one.
+        ValueError: no result is kept, or a page has no place for one.
     """
     paths = [path for path in (newest(results, on_gpu=True), newest(results, on_gpu=False)) if path is not None]
     if not paths:
         raise ValueError(f"{results} holds no result: `longmem-bench all --keep {results}` makes one")
-    leading, root = Result.load(paths[0]), text.parent
-    kind = "official-step"
+    leading, kind = Result.load(paths[0]), "official-step"
     step = newest(results, leading.on_gpu, kind) or newest(results, False, kind)
     if step is None:
         raise ValueError(f"{results} holds no */{kind}/*.json: `longmem-bench published-step --json` makes one")
-    blocks = {"plots": plots(leading), "measured": measured(paths, root), kind: official_step(step, root)}
-    content = text.read_text(encoding="utf-8")
-    for name, wanted in blocks.items():
-        if block(name).search(content) is None:
-            raise ValueError(f"{text} has no <!-- {name} --> ... <!-- /{name} -->")
-        content = block(name).sub(lambda _, wanted=wanted: wanted, content)  # type: ignore[misc]
-    save_text(text, content)
-    draw(leading, docs)
+    blocks = {"plot": plot(leading), "plots": plots(leading), "measured": measured(paths, root)}
+    pages = {name: (root / name).read_text(encoding="utf-8") for name in PAGES.values()}
+    for name, wanted in (blocks | {kind: official_step(step, root)}).items():
+        page = PAGES[name]
+        if block(name).search(pages[page]) is None:
+            raise ValueError(f"{root / page} has no <!-- {name} --> ... <!-- /{name} -->")
+        pages[page] = block(name).sub(lambda _, wanted=wanted: wanted, pages[page])  # type: ignore[misc]
+    for page, content in pages.items():
+        save_text(root / page, content)
+    draw(leading, root / "docs")
     return paths

@@ -179,7 +179,7 @@ def _counted(dump: Path) -> int:
 
 
 def _run_counted() -> None:
-    """What runs under valgrind: every kernel once to warm up and once counted, with a dump of its own."""
+    """The program run under valgrind: every kernel once to warm up and once counted, with a dump of its own."""
     torch.set_num_threads(1)
 
     def control(*arguments: str) -> None:

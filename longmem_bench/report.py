@@ -7,6 +7,17 @@ from collections.abc import Callable, Sequence
 
 from .row import Row, compared_ms
 
+WORDS = {
+    "chunk_topk": "search",
+    "memory_attention": "local and memory attention",
+    "memory_attention_backward": "the same, forward and backward",
+    "ring_write": "write",
+    "memory_layer": "search, attention and write",
+    "generate": "generation, per token",
+    "train_step": "training step",
+}
+"""Operations in words, in the order of tables."""
+
 _LEGEND = (
     "x best: time of the fastest baseline over this one, above 1 is faster than it (x bound: of the fastest bound);\n"
     "graph: the device's own time, replayed as a CUDA graph; host: until the device is done; launch: until the call\n"
@@ -43,7 +54,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def title(row: Row) -> str:
-    """What the numbers of a group depend on, in one line."""
+    """Title of a group: all that its numbers depend on, in one line."""
     processor = row.device_name if row.device.startswith("cuda") else f"{row.device_name}, {row.threads} threads"
     return f"{row.op} [{row.shape} {row.dtype}] on {processor}, commit {row.commit}"
 
@@ -203,7 +214,7 @@ def size_of(row: Row, sweep: str) -> int:
 
 
 def common_shape(points: Sequence[Sequence[Row]], sweep: str) -> str:
-    """What the shapes of a sweep have in common, the swept size as "M=..."."""
+    """Sizes that the shapes of a sweep have in common, the swept size as "M=..."."""
     symbol = sweep.split()[0]
     *others, last = (point[0].shape.split() for point in points)
     # A single row shares its ring with nobody, and does not name R.

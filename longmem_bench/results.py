@@ -66,7 +66,7 @@ class Result:
         return path
 
     def text(self) -> str:
-        """What `save` writes: JSON."""
+        """JSON, as `save` writes it."""
         content = {"machine": self.machine, "date": self.date, "rows": [_compact(row) for row in self.rows]}
         return json.dumps(content, indent=1)
 
@@ -83,7 +83,7 @@ class Result:
 
 
 def _of_pytest(content: dict[str, Any]) -> dict[str, Any]:
-    """What pytest-benchmark wrote, under the names that `Result.save` gives."""
+    """Converts what pytest-benchmark wrote to the names that `Result.save` gives."""
     wanted = {"benchmarks": [dict], "not_timed": [dict], "machine_info": dict, "datetime": str}
     check_fields("it", content, wanted, others=True)
     rows = [benchmark.get("extra_info") for benchmark in content["benchmarks"]] + content["not_timed"]
@@ -96,7 +96,7 @@ def _row(values: dict[str, Any]) -> Row:
 
 
 def _compact(row: Row) -> dict[str, Any]:
-    """What is absent or false is left out: it is the default."""
+    """Leaves out what is absent or false: it is the default."""
     return {name: value for name, value in row.as_dict().items() if value is not None and value is not False}
 
 

@@ -135,7 +135,7 @@ def base(op: str, *, paper: bool) -> Shape:
 
 
 def shapes_for(op: str, *, paper: bool) -> list[Shape]:
-    """What `pytest benchmarks/` and `longmem-bench` without a sweep measure for `op`."""
+    """Shapes that `pytest benchmarks/` and `longmem-bench` without a sweep measure for `op`."""
     shape = base(op, paper=paper)
     # Nothing is trained one token at a time.
     if op in ("memory_attention_backward", "generate", "train_step"):

@@ -1,4 +1,4 @@
-"""Which measurements answer a question, and running them one after another."""
+"""Choice of the measurements that answer a question, and running them one after another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Point:
 
 
 def points(question: str, sweep: str | None, *, paper: bool, adjust: Callable[[Shape], Shape]) -> list[Point]:
-    """What to measure for `question`.
+    """Points to measure for `question`.
 
     Args:
         sweep: None for the base shapes; "M=4096,16384" for these sizes; "M" for the sizes that are kept for it; "all"

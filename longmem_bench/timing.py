@@ -145,7 +145,7 @@ def _captured(run: Call) -> Call:
 
 
 def median_ms(seconds: Sequence[float] | None, repeat: int = 1) -> float | None:
-    """Of one operation, where a call does `repeat` of them."""
+    """Median of one operation, where a call does `repeat` of them."""
     return None if seconds is None else statistics.median(seconds) * 1e3 / repeat
 
 

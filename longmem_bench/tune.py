@@ -60,7 +60,7 @@ class Ranking:
 
     @property
     def in_use(self) -> Tried:
-        """What the table has."""
+        """Row of the table in use."""
         return next(one for one in self.tried if one.use == dict(self.lookup.use))
 
     @property

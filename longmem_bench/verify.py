@@ -114,7 +114,7 @@ def _rms(x: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Search:
-    """What a search must return for some: `best` [R * G, n, K] in order, off by at most `band` [R * G, n, 1]."""
+    """Right results of a search for some queries: `best` [R * G, n, K] in order, to within `band` [R * G, n, 1]."""
 
     positions: Tensor  # of the queries checked, among the T of each head
     query: Tensor  # [R * G, n, D] float64

@@ -1,4 +1,4 @@
-"""What setup.py kept of the last build (`_build.json` beside the package), and why the extension is missing."""
+"""The record that setup.py keeps of the last build (`_build.json` beside the package); why the extension is missing."""
 
 from __future__ import annotations
 

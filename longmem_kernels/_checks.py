@@ -24,7 +24,7 @@ def debug_checks(enabled: bool) -> None:
 
 
 def values_readable(tensor: Tensor) -> bool:
-    """Whether checking the values of `tensor` now is free of graph breaks and of host syncs nobody asked for."""
+    """True when checking the values of `tensor` now causes no graph break and no host sync that nobody asked for."""
     device = tensor.device.type
     return not torch.compiler.is_compiling() and (device == "cpu" or (_debug and device == "cuda"))
 

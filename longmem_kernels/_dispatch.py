@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why another one cannot.
+"""Choice of the implementation of an op that runs, and the reason why another one cannot.
 
 An implementation asked for by name never falls back. `auto` takes the first of `PREFERENCE` that can run the call.
 """

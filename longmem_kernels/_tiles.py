@@ -56,7 +56,7 @@ class Lookup:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """Those of the row that fits."""
+        """Conditions of the row that fits."""
         row = _row(self.kernel, self.architecture, dict(self.facts))
         return {name: value for name, value in row.items() if name != "use"}
 
@@ -119,7 +119,7 @@ def _fits(row: Mapping[str, Any], facts: Facts) -> bool:
 
 
 def candidates(kernel: str, number: int, facts: Facts) -> list[Use]:
-    """What `longmem-bench tune` tries for a launch with these facts: the row in use first, then the grid that fits."""
+    """Tiles that `longmem-bench tune` tries for a launch with these facts: the row in use, then the grid that fits."""
     found = [dict(_row(kernel, number, facts)["use"])]
     for grid in table(number)[kernel].get("candidates", ()):
         if _fits(grid, facts):

@@ -33,7 +33,7 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype, head_dim: int) 
 
 
 def report() -> dict[str, Any]:
-    """What `python -m longmem_kernels.info` prints, ready for JSON.
+    """Everything that `python -m longmem_kernels.info` prints, ready for JSON.
 
     Keys: `versions`; `paths` (where longmem, Python, PyTorch and the extension are); `extension` (its build information
     or `missing`: why there is none); `build` (what setup.py kept of the last build, see `_build_record`; empty when

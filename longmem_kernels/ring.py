@@ -26,7 +26,7 @@ def rings_of_rows(ring_index: Tensor | None, rings: int, rows: int, device: torc
 
 
 def token_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What tokens are rounded to when they arrive in a store of `dtype`; a scale is known only when a chunk closes."""
+    """Dtype that tokens arrive in at a store of `dtype`: the scale of a chunk is known only when it closes."""
     return torch.bfloat16 if dtype == QUANTISED_DTYPE else dtype
 
 

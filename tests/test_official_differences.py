@@ -1,4 +1,4 @@
-"""Both sides of docs/differences.md that no other test shows, and that every test it names is there."""
+"""Both sides of docs/published-code.md that no other test shows, and that every test it names is there."""
 
 from __future__ import annotations
 
@@ -131,11 +131,11 @@ def test_the_published_start_is_not_the_backbone() -> None:
 
 
 def named_tests() -> list[str]:
-    return re.findall(r"`(tests/\w+\.py::\w+)`", (ROOT / "docs/differences.md").read_text(encoding="utf-8"))
+    return re.findall(r"`(tests/\w+\.py::\w+)`", (ROOT / "docs/published-code.md").read_text(encoding="utf-8"))
 
 
 def test_every_difference_names_its_tests() -> None:
-    page = (ROOT / "docs/differences.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/published-code.md").read_text(encoding="utf-8")
     paragraphs = [part for part in page.split("\n\n") if part.startswith("**")]
     assert len(paragraphs) == 12
     for paragraph in paragraphs:

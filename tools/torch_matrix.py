@@ -1,4 +1,4 @@
-"""Builds longmem against several PyTorch releases and tests every build, for the table of releases in README.
+"""Builds longmem against several PyTorch releases and tests every build, for the table of releases in docs/install.md.
 
     python tools/torch_matrix.py                            2.11 to 2.14 with this Python
     python tools/torch_matrix.py 2.11.0 2.14.1:python3.12   chosen releases, each with the interpreter behind the colon

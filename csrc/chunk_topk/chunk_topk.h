@@ -1,4 +1,4 @@
-// chunk_topk on the CPU: what the kernel is told.
+// Parameters of the CPU chunk_topk kernel.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct ChunkTopkParams {
   int32_t* ids;               // [B, H, T, K] contiguous
   float* scores;              // [B, H, T, K] contiguous
   int64_t B, H, T, D, R, G, M, K;
-  int64_t rows;  // that search together, because they share a ring: B if R == 1, else 1
+  int64_t rows;  // batch rows searched in one task, because they share a ring: B if R == 1, else 1
   int64_t query_stride[3], centroid_stride[3];
   Scalar query_type, centroid_type;
 

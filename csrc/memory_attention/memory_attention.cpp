@@ -226,7 +226,7 @@ Results differentiate(const Inputs& in, MemoryAttentionParams& p) {
     return torch::stable::new_zeros(in.query, {p.B, heads, rows, p.padded}, ScalarType::Float);
   };
   Tensor dquery_sum = zeros(p.H, p.T), dkey_sum = zeros(p.G, p.S), dvalue_sum = zeros(p.G, p.S);
-  // Sums whose rows are as long as the gradients' and float32 are the gradients.
+  // For float32 inputs whose D needs no padding, the sums are the gradients themselves.
   const bool direct = p.type == Scalar::f32 && p.D == p.padded;
   Tensor dquery = direct ? dquery_sum : empty({p.B, p.H, p.T, p.D});
   Tensor dkey = direct ? dkey_sum : empty({p.B, p.G, p.S, p.D});

@@ -1,4 +1,4 @@
-// memory_attention on the CPU: what the kernels are told.
+// Parameters of the CPU memory_attention kernels.
 #pragma once
 
 #include <cstdint>
@@ -90,8 +90,8 @@ static inline bool memory_attention_sees(const MemoryAttentionParams& p, int64_t
   void memory_attention_finish(const MemoryAttentionParams& p, int64_t task);                             \
   /* dmemory_query, dgate, local_weight and local_offset for a block as in forward. */                    \
   void memory_attention_backward_memory(const MemoryAttentionParams& p, int64_t task);                    \
-  /* Adds to the sums what pair `task` = (head * query blocks + query block) * key blocks + key block     \
-     does; or what all pairs of key/value head `task` do. */                                              \
+  /* Adds the gradients of one pair, task = (kv head * query blocks + query block) * key blocks + key     \
+     block; `_head` adds those of all pairs of kv head `task`. */                                         \
   void memory_attention_backward_pair(const MemoryAttentionParams& p, int64_t task);                      \
   void memory_attention_backward_head(const MemoryAttentionParams& p, int64_t task);                      \
   /* Rounds the sums of B * G key/value heads, then of B * H query heads. */                              \

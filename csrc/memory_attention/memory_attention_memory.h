@@ -44,8 +44,8 @@ class Memory {
     multiply(query_, p_.D, p_.scale);
   }
 
-  // Of the query last looked for: `out` [D, to a whole vector] is its attention over its chunks; their
-  // log-sum-exp is returned.
+  // Attends the query of the last `find` to its chunks: writes `out` [D, padded to a whole vector] and
+  // returns their log-sum-exp.
   float attend(float* out) {
     score(weights_);
     const Sum sum = exponentiate(weights_, n);

@@ -1,4 +1,4 @@
-// ring_write: what the kernels are told. No torch types, so that nvcc compiles the CUDA kernel in a second.
+// Parameters of the ring_write kernels. No torch types, so that nvcc compiles the CUDA kernel in a second.
 #pragma once
 
 #include <cstdint>

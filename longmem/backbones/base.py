@@ -15,7 +15,7 @@ from .layers import DecoderLayer, LayerCache, Positions
 
 @dataclass(frozen=True)
 class States:
-    """What the backbone says about one segment.
+    """Backbone activations of one segment.
 
     Attributes:
         hidden: backbone depth i -> [B, T, E]: 0 is the embedding, i the output of layer i - 1, before the final norm.
@@ -45,7 +45,7 @@ class BackboneCache:
     layers: dict[int, LayerCache] = field(default_factory=dict)
 
     def positions(self, tokens: int, device: torch.device) -> Positions:
-        """Those of the next `tokens` columns."""
+        """Positions of the next `tokens` columns."""
         return Positions.in_columns(self.starts or [], self.length, self.length + tokens, device)
 
     def forget(self, tokens: int) -> None:

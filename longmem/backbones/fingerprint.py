@@ -48,7 +48,7 @@ def fingerprint(backbone: Backbone) -> str:
 
 
 def difference(theirs: str, ours: str) -> str | None:
-    """What tells the model of fingerprint `theirs` from that of `ours`, in words; None: they are the same.
+    """Names what differs between the models of two fingerprints, in words; None when they are the same.
 
     Fingerprints may end in "/" and the memory layers (`LongMem.fingerprint`). The same model may be loaded in
     different formats: then weights must agree after rounding to the narrower one. Rounding float32 weights to bfloat16
@@ -139,7 +139,7 @@ def _epsilon(norm: nn.Module | None) -> float | None:
 
 
 def _epsilons_within(mlp: nn.Module) -> list[float]:
-    """Those of norms that a feed-forward brings along."""
+    """Epsilons of the norms inside a feed-forward."""
     return [value for module in mlp.modules() if (value := _epsilon(module)) is not None]
 
 

@@ -66,7 +66,7 @@ def _rope_types(config: Any) -> set[str]:
 
 
 def _why_not(config: Any) -> str | None:
-    """What a supported architecture can be configured to do that its wiring here does not."""
+    """Names a setting of a supported architecture that its wiring here does not follow, or None."""
     if growing := _rope_types(config) & {"dynamic", "longrope"}:
         return f"rope type {growing.pop()!r} changes with the length of the input"
     refused = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Fuse(Protocol):
-    """What takes the place of local attention in a layer that reads memory. Shapes as in `memory_attention`."""
+    """Attention that replaces local attention in a layer that reads memory. Shapes as in `memory_attention`."""
 
     def __call__(
         self,
@@ -28,8 +28,8 @@ class Fuse(Protocol):
 
 @dataclass
 class Positions:
-    """Where the tokens of one call stand in their segments. One for all layers, so that what follows from it is
-    computed once.
+    """Positions of one call's tokens in their segments. All layers share one, so that masks and angles are computed
+    once.
 
     Attributes:
         index: [B, T] int64, or [1, T] where all rows are alike.
@@ -43,12 +43,12 @@ class Positions:
 
     @classmethod
     def first(cls, length: int, device: torch.device) -> Positions:
-        """Those of tokens that begin a segment."""
+        """Positions of tokens that begin a segment."""
         return cls(torch.arange(length, device=device)[None])
 
     @classmethod
     def in_columns(cls, starts: Sequence[int], begin: int, end: int, device: torch.device) -> Positions:
-        """Those of the columns from `begin` to `end`, of rows that begin in the columns `starts`."""
+        """Positions of the columns from `begin` to `end`, of rows that begin in the columns `starts`."""
         columns = torch.arange(end, device=device)
         if not any(starts):
             return cls(columns[None, begin:])
@@ -65,8 +65,8 @@ class Positions:
         return self._angles[place]
 
     def visible(self, keys: int, window: int | None) -> Tensor:
-        """Which of S = `keys` keys, the last T of them their own, the tokens see: bool [B or 1, 1, T, S]. Padding sees
-        itself, for a softmax over nothing is NaN."""
+        """Mask of the S = `keys` keys, the last T of them their own, that the tokens see: bool [B or 1, 1, T, S].
+        Padding sees itself, for a softmax over nothing is NaN."""
         place = (keys, window)
         if place not in self._visible:
             distance = self.distance(keys)
@@ -138,7 +138,7 @@ class LayerCache:
             self._first = self._end = 0
 
     def _make_room(self, key: Tensor, value: Tensor) -> None:
-        """What is left moves to new buffers of twice its size: seldom, and nothing that was handed out changes."""
+        """Moves the cached tokens to buffers twice as large: amortised O(1) per token; views handed out stay valid."""
         kept = self._end - self._first
         room = max(2 * (kept + key.shape[2]), 64)
         moved = []
@@ -239,7 +239,7 @@ class DecoderLayer(nn.Module):
         return key, split_heads(self.value(normed), self.kv_heads)
 
     def stored(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What a memory stores of the layer's input [B, T, E]: key and value [B, G, T, D]."""
+        """Keys and values [B, G, T, D] that a memory stores for the layer's input [B, T, E]."""
         return self.project_memory(self.input_norm(x))
 
     def local_attention(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:

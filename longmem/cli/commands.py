@@ -1,4 +1,4 @@
-"""What the subcommands do. Everything that needs no model is checked before one is loaded."""
+"""The work of the subcommands. Everything that needs no model is checked before one is loaded."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def train(
 
 
 def kept_of_training(out: Path) -> str:
-    """What a training run in `out` that ended early has kept."""
+    """Describes what a training run in `out` that ended early has kept."""
     if any(path.suffix != ".part" for path in out.glob("checkpoint*")):
         return f"kept: the last checkpoint, in {out}; the same command goes on from there"
     return "nothing was kept: there was no checkpoint yet"

@@ -275,7 +275,7 @@ def _of_torch(error: BaseException) -> Ending | None:
 
 
 def _of_input(error: BaseException) -> Ending | None:
-    """What somebody can do something about: the package's own errors, and those of libraries about files and values."""
+    """Errors that a user can act on: the package's own, and those of libraries about files and values."""
     if _is_ours(error) and not isinstance(error, (AssertionError, NotImplementedError)):
         return Ending(str(error))
     if isinstance(error, (ValueError, OSError)) or type(error).__name__ == "SafetensorError":
@@ -285,7 +285,7 @@ def _of_input(error: BaseException) -> Ending | None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether a `raise` of these packages made it, and not a function in C++ or of a library that was called there."""
+    """True when a `raise` of these packages made it, not a function in C++ or of a library that was called there."""
     trace = error.__traceback__
     if trace is None:
         return False

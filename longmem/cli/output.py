@@ -1,4 +1,4 @@
-"""Where a command's words go: results to stdout, everything else to stderr, beside progress bars."""
+"""Output of a command: results to stdout, everything else to stderr, beside progress bars."""
 
 from __future__ import annotations
 

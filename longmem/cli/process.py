@@ -1,4 +1,4 @@
-"""What a command sets for its process before PyTorch is loaded: threads, memory, signals, warnings."""
+"""Settings of a command's process before PyTorch is loaded: threads, memory, signals, warnings."""
 
 from __future__ import annotations
 

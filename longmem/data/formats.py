@@ -49,7 +49,7 @@ def read_file(
 
 
 def _bounded(path: Path, items: Iterator[Document | TextFile | Skipped]) -> Iterator[Document | TextFile | Skipped]:
-    """Of a file in which hardly anything can be used, not every record is named."""
+    """Bounds the records that are named of a file in which hardly anything can be used."""
     named = more = 0
     for item in items:
         if not isinstance(item, Skipped):

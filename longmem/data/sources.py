@@ -1,4 +1,4 @@
-"""Where texts come from: documents, large text files, and the files behind paths, folders and patterns."""
+"""Sources of texts: documents, large text files, and the files behind paths, folders and patterns."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Skipped:
-    """What is left out, and why. `count`: the documents it stands for, as the rows of a damaged row group."""
+    """Something left out, and the reason. `count`: the documents it stands for, as the rows of a damaged row group."""
 
     name: str
     reason: str

@@ -205,7 +205,7 @@ class SegmentStream:
         self._lane_document, self._lane_offset = list(state["lane_document"]), list(state["lane_offset"])
 
     def _is_place(self, document: int, offset: int) -> bool:
-        """Whether a lane may be there; -1 is no document."""
+        """True when a lane may be there; -1 is no document."""
         return document < 0 or (document < len(self.documents) and offset <= self._lengths[document])
 
     def _shape(self) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def _check_documents(documents: Sequence[Tensor], shortest: int) -> None:
 
 
 def _checksum(documents: Sequence[Tensor]) -> int:
-    """Of all tokens and where documents end: a cursor into other texts would resume without a sign of it.
+    """Checksum of all tokens and document ends: a cursor into other texts would resume without a sign of it.
 
     The same for int32 and int64."""
     value = 0

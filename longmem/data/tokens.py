@@ -229,7 +229,7 @@ class _Joiner(Generic[T]):
         return True
 
     def _place(self, before: _Piece, piece: _Piece, i: int, j: int, tokens: list[_Token]) -> int | None:
-        """Where among the tokens that both have to go over from one to the other: near their middle."""
+        """Place among the tokens that both have at which to go over from one to the other: near their middle."""
         middle = len(tokens) // 2
         steps = sorted(range(AGREEING // 2, len(tokens) - AGREEING // 2 + 1), key=lambda n: abs(n - middle))
         for step in steps:

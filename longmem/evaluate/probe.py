@@ -1,4 +1,4 @@
-"""Which layer of a backbone makes the most of a memory: a short training of the read in each candidate, measured.
+"""Search for the layer that makes the most of a memory: a short training of the read in each candidate, measured.
 
 A read trained anywhere lowers the loss, because it adapts the model to the texts. What tells layers apart is the gain
 of a document's own memory over another document's, with the same weights.
@@ -47,7 +47,7 @@ class ProbeReport:
 
     @property
     def lead(self) -> Estimate:
-        """Of the winner over the second, paired by segment; not a number where there is no second."""
+        """Lead of the winner over the second, paired by segment; not a number where there is no second."""
         if len(self.reports) < 2:
             return Estimate(math.nan, math.nan)
         first, second = (
@@ -104,7 +104,7 @@ def default_candidates(depth: int, count: int = 10) -> list[int]:
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """What is done to every candidate alike.
+    """Settings that are the same for every candidate.
 
     Attributes:
         config: of the LongMem; its memory layers are the candidate, it has no SideNet and trains the read alone.

@@ -4,7 +4,7 @@
 >>> logits = model(tokens)  # reads the memory, then writes the segment into it
 >>> model.memory.reset()
 
-What `LongMem` does differently, and why, is in docs/differences.md.
+What `LongMem` does differently, and why, is in docs/published-code.md.
 """
 
 from .loading import load_official, official_state, read_checkpoint

@@ -142,7 +142,7 @@ def _unwrap(state: Any) -> dict[str, Tensor]:
 
 
 def _is_parameter(value: Any) -> bool:
-    """Whether it is numbers in memory: a file may also hold tensors that are sparse, of integers, or empty shells."""
+    """True for numbers in memory: a file may also hold tensors that are sparse, of integers, or empty shells."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
     return dense and value.is_floating_point()
 

@@ -91,7 +91,7 @@ class OfficialConfig:
         return self.retrieval_layer_index // self.layer_reduction_factor
 
     def as_fairseq(self) -> Any:
-        """What `External_Memory` takes its sizes from."""
+        """Settings in the form that `External_Memory` takes its sizes from."""
         return SimpleNamespace(
             decoder=SimpleNamespace(embed_dim=self.embed, attention_heads=self.heads),
             use_gpu_to_search=False,
@@ -104,7 +104,7 @@ class OfficialConfig:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Of one segment: embeddings [B, T, E], what each SideNet layer adds, memory keys and values [B, T, E]."""
+    """One encoded segment: embeddings [B, T, E], what each SideNet layer adds, memory keys and values [B, T, E]."""
 
     embedded: Tensor
     residuals: list[Tensor]
@@ -160,7 +160,7 @@ class OfficialLongMem(nn.Module):
         return head_loss(self.features(tokens, memory_write), head.weight, head.bias, targets, ignore=PAD)
 
     def features(self, tokens: Tensor, memory_write: bool = True) -> Tensor:
-        """What the vocabulary head takes, [B, T, E]. Arguments as in `forward`."""
+        """Hidden states for the vocabulary head, [B, T, E]. Arguments as in `forward`."""
         if not tokens.is_floating_point():
             tokens = tokens.long()
         self.backbone.check_tokens(tokens)
@@ -274,7 +274,7 @@ class OfficialLongMem(nn.Module):
 
 
 def _sidenet_layer(config: OfficialConfig) -> DecoderLayer:
-    """As a backbone layer, but with another epsilon, the exact GELU and dropout."""
+    """Makes a layer like the backbone's, but with another epsilon, the exact GELU and dropout."""
     size = config.embed
     query, key, value, output = (nn.Linear(size, size, bias=False) for _ in range(4))
     mlp = [nn.Linear(size, config.ffn), nn.GELU(), nn.Linear(config.ffn, size), nn.Dropout(config.dropout)]

@@ -39,7 +39,7 @@ _FOLDERS = "checkpoint-????????"
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint holds, as live tensors: saved from, and loaded into.
+    """Content of a checkpoint as live tensors: saved from, and loaded into.
 
     Attributes:
         common: the same in all processes, or cut into pieces over them: weights, optimiser.
@@ -206,7 +206,7 @@ def _read_tensors(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Where two identities differ: what was saved, and what is wanted."""
+    """Differences of two identities: what was saved, and what is wanted."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(saved.keys() | wanted.keys()):
         old, new = saved.get(key), wanted.get(key)

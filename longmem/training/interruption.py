@@ -38,7 +38,7 @@ class Interruption:
             signal.signal(*self._before.popitem())
 
     def is_fatal(self, number: int) -> bool:
-        """Whether the signal, obeyed, ends the process without an exception."""
+        """True when the signal, obeyed, ends the process without an exception."""
         return bool(self._before.get(number, signal.getsignal(number)) is signal.SIG_DFL)
 
     def obey(self, number: int) -> None:

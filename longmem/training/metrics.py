@@ -1,4 +1,4 @@
-"""What a training run logs: a line of JSON per step and, on request, TensorBoard."""
+"""Log of a training run: a line of JSON per step and, on request, TensorBoard."""
 
 from __future__ import annotations
 

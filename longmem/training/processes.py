@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """Who takes part, and what they exchange outside of the model.
+    """The processes that take part, and what they exchange outside of the model.
 
     Attributes:
         distributed: whether there is a process group (a group of one counts).
@@ -28,7 +28,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """True for the process that prints and writes."""
         return self.rank == 0
 
     def share_of(self, documents: Sequence[T]) -> list[T]:
@@ -42,7 +42,7 @@ class Processes:
         return list(documents[self.rank :: self.count])
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Of each value over all processes."""
+        """Sum of each value over all processes."""
         if self.count == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self._device())
@@ -50,7 +50,7 @@ class Processes:
         return total.tolist()
 
     def largest(self, value: float) -> float:
-        """Of a value over all processes."""
+        """Largest of a value over all processes."""
         if self.count == 1:
             return value
         box = torch.tensor(value, dtype=torch.float64, device=self._device())
@@ -105,7 +105,7 @@ def process_group(device: torch.device) -> Iterator[Processes]:
 
 @contextlib.contextmanager
 def quiet(silent: bool) -> Iterator[None]:
-    """Where `silent`, nothing printed inside is shown; exceptions pass."""
+    """Hides what is printed inside when `silent`; exceptions pass."""
     with contextlib.ExitStack() as stack:
         if silent:
             nowhere = stack.enter_context(open(os.devnull, "w"))

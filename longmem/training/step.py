@@ -18,7 +18,7 @@ from .config import TrainConfig
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one segment, without gradients.
+    """Sums measured on one segment, without gradients.
 
     Attributes:
         loss: mean negative log likelihood, nats per target.
@@ -33,7 +33,7 @@ class Measured:
 
 
 class Step(nn.Module):
-    """Encode, read memory, predict, remember: what is wrapped to run in several processes."""
+    """One training step on one segment per row. DDP and FSDP wrap this module."""
 
     def __init__(self, model: LongMem, states: StateSource, config: TrainConfig) -> None:
         super().__init__()

@@ -97,7 +97,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
         )
-        for parameter in model.trainable().values():  # as AdamW would at its first step: now there is what to load into
+        # AdamW's moments, which it would make at its first step: a checkpoint is loaded into them.
+        for parameter in model.trainable().values():
             moments = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
         if self.processes.count > 1:
@@ -112,7 +113,7 @@ class Trainer:
         self._log = MetricsLog(self.folder, self.step, tensorboard) if self.processes.first else None
 
     def _may_change(self, step: int, exact: bool) -> set[str]:
-        """What may differ in a run that was saved after so many steps. One that is finished keeps what it was."""
+        """Fields that may differ in a run that was saved after so many steps. A finished one keeps what it was."""
         fields = HARMLESS
         if not exact:
             fields = CHANGEABLE if step < self.config.steps else HARMLESS | {"steps"}

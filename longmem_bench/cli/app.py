@@ -143,7 +143,7 @@ def compare(
     before: o.ResultFile,
     after: Annotated[Path, typer.Argument(help="Another one.")],
 ) -> None:
-    """What got slower or faster beyond noise. Exit status 1 when something got slower."""
+    """Show what got slower or faster beyond noise. Exit status 1 when something got slower."""
     from .commands import compare as work
 
     work(before, after)
@@ -158,7 +158,7 @@ def profile_layers(
     steps: o.ProfileSteps = 10,
     out: o.TraceOut = Path("out/profile"),
 ) -> None:
-    """Where the time of a memory layer goes: score, select, gather, fuse, write; ours, eager PyTorch's and FAISS's."""
+    """Show the time of each part of a memory layer (score, select, gather, fuse, write), ours and the baselines'."""
     from .commands import profile as work
 
     work(device, shape, dtype, scale, steps, out)
@@ -195,7 +195,7 @@ def regression(
     only: o.OnlyKind = None,
     update: o.StoreAnew = False,
 ) -> None:
-    """What CI holds the CPU kernels to, measured beside stored."""
+    """Show what CI holds the CPU kernels to, measured beside stored."""
     from .commands import regression as work
 
     work(stored, only, update)
@@ -223,11 +223,10 @@ def published_step(
 
 @app.command()
 def readme(
-    text: o.ReadmeFile = Path("README.md"),
+    root: o.Root = Path(),
     results: o.ResultsFolder = Path("benchmarks/results"),
-    docs: o.DocsFolder = Path("docs"),
 ) -> None:
-    """Put the newest kept results into README: its figures, and its leading plots."""
+    """Put the newest kept results into README and docs/measured.md: tables and plots."""
     from .commands import readme as work
 
-    work(text, results, docs)
+    work(root, results)

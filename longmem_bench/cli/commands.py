@@ -362,9 +362,9 @@ def published_step(
         note(f"wrote {result.save(json)}")
 
 
-def readme(text: Path, results: Path, docs: Path) -> None:
-    """Put the newest kept results into README and the plots beside it."""
+def readme(root: Path, results: Path) -> None:
+    """Put the newest kept results into the pages of the repository `root`, and their plots beside them."""
     from ..readme import rewrite
 
-    for path in rewrite(text, results, docs):
+    for path in rewrite(root, results):
         typer.echo(path)

@@ -85,7 +85,6 @@ SmallModel = Annotated[bool, option("--small", help="A model of a few million pa
 Layers = Annotated[int, option("--layers", min=2, help="Backbone layers of the published size.", panel=MEASURED)]
 BatchRows = Annotated[int, option("--rows", min=1, help="Rows of the batch.", panel=MEASURED)]
 TimedSteps = Annotated[int, option("--steps", min=2, help="Timed; even: every second one evicts.", panel=MEASURED)]
-ReadmeFile = Annotated[Path, option("--readme", help="The file that the figures are put into.", panel=PLACES)]
+Root = Annotated[Path, option("--root", help="Folder of the repository whose pages are rewritten.", panel=PLACES)]
 ResultsFolder = Annotated[Path, option("--results", help="Folder of kept results.", panel=PLACES)]
-DocsFolder = Annotated[Path, option("--docs", help="Folder of the plots.", panel=PLACES)]
 TraceOut = Annotated[Path, option("--out", help="Folder for one Chrome trace per layer.", panel=PLACES)]

@@ -134,7 +134,7 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _blocks(query: Tensor, centroid: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """As many heads at once as keep scores below `SCORE_BYTES`: queries [n, q, D] and centroids [n, D, M]."""
+    """Splits into as many heads at once as keep scores in `SCORE_BYTES`: queries [n, q, D] and centroids [n, D, M]."""
     block = max(1, SCORE_BYTES // (query.shape[1] * centroid.shape[1] * 4))
     return zip(query.split(block), centroid.mT.split(block), strict=True)
 

@@ -192,7 +192,7 @@ class JointMultiheadAttentionWeightedSum(nn.Module):
     def _bias(
         self, query: Tensor, key: Tensor, mask: Tensor | None, positions: Tensor | None, padding: Tensor | None
     ) -> Tensor | None:
-        """What is added to the scores, broadcast to [B, H, T, S], or None."""
+        """Sum of what is added to the scores, broadcast to [B, H, T, S], or None."""
         B, H, S = *query.shape[:2], key.shape[2]
         bias = None if positions is None else positions.reshape(B, H, 1, S)
         if mask is not None:

@@ -42,7 +42,7 @@ class Retrieved(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class HeadIndex:
-    """What stands where the published code keeps the FAISS index of one head."""
+    """Stand-in for the FAISS index that the published code keeps of one head."""
 
     memory: External_Memory
     head: int

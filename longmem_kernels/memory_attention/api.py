@@ -173,7 +173,7 @@ def _float32(tensor: Tensor | None) -> Tensor | None:
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """As autocast treats the arguments of PyTorch's own attention: float32 becomes its dtype."""
+    """Casts float32 to autocast's dtype, as autocast does for PyTorch's own attention."""
     device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "")
     if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors

@@ -85,7 +85,7 @@ def _check(
     chunk_ids: Tensor, memory_scale: Tensor | None, ring_index: Tensor | None, gate: Tensor | None,
     alibi_slopes: Tensor | None, key_mask: Tensor | None, dropout_seed: Tensor | None, *, window: int | None,
 ) -> KernelArguments:  # fmt: skip
-    """Of the Triton kernels; the C++ ones check theirs."""
+    """Checks the arguments of the Triton kernels; the C++ kernels check their own."""
     arguments = KernelArguments("memory_attention", query)
     ranks = (query.dim(), key.dim(), memory_key.dim(), chunk_ids.dim())
     arguments.require(

@@ -97,7 +97,7 @@ def dropout_keep(seed: Tensor, shape: tuple[int, int, int, int], p: float) -> Te
 
 
 def _visible(distance: Tensor, causal: bool, window: int | None, key_mask: Tensor | None) -> Tensor:
-    """Which keys a query may see: bool, broadcasts to [B, H, T, S]. `distance` [T, S] from key to query."""
+    """Mask of the keys that a query may see: bool, broadcasts to [B, H, T, S]. `distance` [T, S] from key to query."""
     visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:
         visible = visible & (distance < window)

@@ -54,7 +54,7 @@ def _all_finite(rows: Tensor) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """Of two tensors, the third being `visible`; batched by `torch.vmap` along a new first axis."""
+    """Product of two tensors, the third being `visible`; `torch.vmap` batches it along a new first axis."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -135,7 +135,7 @@ def check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
 
 
 def _check_no_overlap(op: str, parts: dict[str, Tensor]) -> None:
-    """What is written to one part must not appear in another."""
+    """Refuses parts of a ring that overlap: what is written to one must not appear in another."""
     if torch.compiler.is_compiling() or any(part.is_meta for part in parts.values()):
         return
     begins = sorted((part.data_ptr(), part.nbytes, name) for name, part in parts.items())
