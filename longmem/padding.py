@@ -13,6 +13,21 @@ def check_mask(name: str, mask: Tensor, tokens: Tensor) -> None:
         raise ValueError(f"{name}: mask must be bool of the shape of tokens, {tuple(tokens.shape)}, got {got}")
 
 
+def fill_padding(tokens: Tensor, mask: Tensor, starts: list[int]) -> Tensor:
+    """`tokens` [B, n] with each row's first token, of column `starts`, in place of its padding; with another row's where
+    it has none.
+
+    Attention gives what is masked a weight of zero, but zero times NaN is NaN: so nothing stands there that a model
+    could have states for which no other token has.
+    """
+    if mask.numel() == 0:
+        return tokens
+    first = tokens.gather(1, torch.tensor(starts, device=tokens.device)[:, None])
+    some = mask.any(1)
+    other = torch.where(some.any(), first[some.to(torch.uint8).argmax()], 0)
+    return torch.where(mask, tokens, torch.where(some[:, None], first, other))
+
+
 def token_spans(name: str, mask: Tensor) -> tuple[list[int], list[int]]:
     """First column and number of each row's tokens in mask [B, n] bool; (0, 0) for a row that is all padding.
 

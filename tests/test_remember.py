@@ -210,5 +210,5 @@ def test_rows_are_written_without_touching_the_others() -> None:
     for rows in ([0, 0], [3, 1], [-1, 0]):
         with pytest.raises(ValueError, match="rows must be different ones of 0 to 2"):
             memory.write(key, value, rows=rows)
-    with pytest.raises(ValueError, match=r"\[2, 1, T, 4\], got \(1, 1, 6, 4\)"):
+    with pytest.raises(ValueError, match=r"\[2, 1, T, 4\], got shape \(1, 1, 6, 4\)"):
         memory.write(key[:1], value[:1], rows=[0, 1])
