@@ -356,9 +356,10 @@ def check_values(state: dict[str, Tensor]) -> None:
 
 def check_rows(op: str, rows: Sequence[int], count: int) -> list[int]:
     """Raises ValueError where `rows` are not different ones of `count`."""
-    found = list(rows)
-    if len(set(found)) != len(found) or not all(type(row) is int and 0 <= row < count for row in found):
-        raise ValueError(f"{op}: rows must be different ones of 0 to {count - 1}, got {found}")
+    found = list(rows) if isinstance(rows, Sequence) else [rows]
+    fits = all(type(row) is int and 0 <= row < count for row in found)
+    if not isinstance(rows, Sequence) or not fits or len(set(found)) != len(found):
+        raise ValueError(f"{op}: rows must be different ones of 0 to {count - 1}, got {rows!r}")
     return found
 
 

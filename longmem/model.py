@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longmem_kernels._checks import check_integer, check_truth
+from longmem_kernels._checks import Sizes, check_device, check_dtype, check_integer, check_truth
 
 from .backbones.base import Backbone, States
 from .backbones.fingerprint import difference
@@ -113,8 +113,12 @@ class LongMem(nn.Module):
         self.backbone.check_tokens(tokens)
         if targets is not None:
             targets = self._checked(targets, mask, tuple(tokens.shape))
-        if memory is not None and new_document is not None:
-            memory.reset(new_document)
+        if new_document is not None:
+            Sizes("LongMem").bind("new_document", new_document, f"{len(tokens)}")
+            check_dtype("LongMem", "new_document", new_document, (torch.bool,))
+            check_device("LongMem", tokens.device, "tokens", new_document=new_document)
+            if memory is not None:
+                memory.reset(new_document)
         states = self.backbone.encode(tokens, self.config.memory_layers, self.sidenet.depths, positions=positions)
         return self.read_states(states, memory, targets=targets, mask=mask, write=write)
 
@@ -183,9 +187,7 @@ class LongMem(nn.Module):
         Raises:
             ValueError: tokens, mask or rows that do not fit the model, `memory` or each other; nothing is written.
         """
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-            got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"remember: wanted tokens [R, n], got {got}")
+        Sizes("remember").bind("tokens", tokens, "R n")
         if not isinstance(memory, MemoryBank):
             raise TypeError(f"remember: memory must be a MemoryBank (new_memory), got {type(memory).__name__}")
         if rows is not None:
@@ -280,9 +282,9 @@ class LongMem(nn.Module):
             ValueError: options out of range, or tokens that do not fit the model.
         """
         max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, 0)
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] == 0:
-            got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"generate: tokens must be [B, n] with n >= 1, got {got}")
+        sizes = Sizes("generate")
+        sizes.bind("tokens", tokens, "B n")
+        sizes.positive("n")
         if pad is not None:
             pad = check_integer("generate", "pad", pad, 0, self.backbone.vocab_size - 1)
         self._check(tokens[:, : self.config.segment], memory)
@@ -343,16 +345,17 @@ class LongMem(nn.Module):
 
     def _checked(self, targets: Tensor, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         """`targets` with IGNORE at padding."""
-        if not isinstance(targets, Tensor):
-            raise TypeError(f"LongMem: targets must be a tensor [B, T], got {type(targets).__name__}")
-        if targets.shape != shape:
+        if isinstance(targets, Tensor) and targets.shape != shape:
             raise ValueError(f"LongMem: targets must have the shape of tokens, {shape}, got {tuple(targets.shape)}")
-        if targets.dtype != torch.int64:
-            raise ValueError(f"LongMem: targets must be int64, got {targets.dtype}")
+        Sizes("LongMem").bind("targets", targets, "B T")
+        check_dtype("LongMem", "targets", targets, (torch.int64,))
+        check_device("LongMem", self.backbone.device, "the backbone", targets=targets)
         if mask is not None:
             targets = targets.masked_fill(~mask, IGNORE)
         vocabulary = self.backbone.vocab_size
-        wrong = (targets != IGNORE) & ((targets < 0) | (targets >= vocabulary)) if targets.device.type == "cpu" else None
+        wrong = (
+            (targets != IGNORE) & ((targets < 0) | (targets >= vocabulary)) if targets.device.type == "cpu" else None
+        )
         if wrong is not None and bool(wrong.any()):
             raise ValueError(
                 f"LongMem: targets must lie in [0, {vocabulary}), or be {IGNORE}, got {int(targets[wrong][0])}"
@@ -360,11 +363,13 @@ class LongMem(nn.Module):
         return targets
 
     def _check(self, tokens: Tensor, memory: MemoryBank | None, rows: int | None = None) -> None:
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"LongMem: tokens must be a tensor [B, T], got {type(tokens).__name__}")
+        Sizes("LongMem").bind("tokens", tokens, "B T")
+        if tokens.dtype != torch.int64:
+            raise ValueError(f"LongMem: tokens must be int64, got {tokens.dtype}")
+        check_device("LongMem", self.backbone.device, "the backbone", tokens=tokens)
         if memory is not None and not isinstance(memory, MemoryBank):
             raise TypeError(f"LongMem: memory must be a MemoryBank (new_memory), got {type(memory).__name__}")
-        if tokens.dim() == 2 and tokens.shape[1] > self.config.segment:
+        if tokens.shape[1] > self.config.segment:
             raise ValueError(
                 f"LongMem: a segment holds at most {self.config.segment} tokens (config.segment), got {tokens.shape[1]}"
             )

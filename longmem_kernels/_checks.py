@@ -128,9 +128,7 @@ def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, 
         raise TypeError(f"{op}: {name} must be one of {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
-def check_device(
-    op: str, device: torch.device, like: str = "the first argument", /, **tensors: Tensor | None
-) -> None:
+def check_device(op: str, device: torch.device, like: str = "the first argument", /, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
