@@ -197,7 +197,7 @@ def _equal_but_rounded(x: Tensor, wanted: Tensor) -> bool:
 def _weights(backbone: Backbone) -> list[tuple[str, Tensor]]:
     """Parameters, the buffers that scale something, and what quantised modules keep beside them, each under all its
     names. Rotary frequencies follow from the settings, and their last bits depend on the machine."""
-    found = dict(backbone.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = dict(backbone.named_parameters(remove_duplicate=False))
     known = found | dict(backbone.named_buffers(remove_duplicate=False))
     found |= {name: buffer for name, buffer in known.items() if name not in found and ".rotary." not in name}
     packed = {name: value for name, value in backbone.state_dict().items() if name not in known}
