@@ -31,12 +31,12 @@ class Ranks:
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, ...] of this rank -> [N, ...], the rows of all ranks, N = sources * B."""
-        result: Tensor = _Gather.apply(x, self)
+        result: Tensor = _Exchange.apply(x, self, "_gather")
         return result
 
     def give_back(self, x: Tensor) -> Tensor:
         """[N, ...], this rank's part of the results for all rows -> [W, B, ...], all ranks' parts for its own rows."""
-        result: Tensor = _GiveBack.apply(x, self)
+        result: Tensor = _Exchange.apply(x, self, "_give_back")
         return result
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -51,6 +51,20 @@ class Ranks:
         """[N, ...] -> [W, B, ...]"""
         return x.unflatten(0, (self.world, x.shape[0] // self.world))
 
+    def _gather(self, x: Tensor) -> Tensor:
+        return x.view_as(x) if self.replicated else self.all_gather(x).flatten(0, 1)
+
+    def _gather_gradient(self, grad: Tensor) -> Tensor:
+        """Every rank has a part of the gradient of every row."""
+        return (self.all_gather(grad) if self.replicated else self.all_to_all(self.by_rank(grad))).sum(0)
+
+    def _give_back(self, x: Tensor) -> Tensor:
+        return self.all_gather(x) if self.replicated else self.all_to_all(self.by_rank(x))
+
+    def _give_back_gradient(self, grad: Tensor) -> Tensor:
+        """A part's gradient is with the rank whose rows it was for; when replicated, with all, the same."""
+        return grad[self.rank].clone() if self.replicated else self.all_to_all(grad).flatten(0, 1)
+
     def _collect(self, x: Tensor, shape: tuple[int, ...], collective: Any) -> Tensor:
         received = x.new_empty(shape)
         if x.numel():
@@ -60,27 +74,24 @@ class Ranks:
         return received
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return x.view_as(x) if ranks.replicated else ranks.all_gather(x).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Every rank has a part of the gradient of every row."""
-        ranks: Ranks = ctx.ranks
-        return (ranks.all_gather(grad) if ranks.replicated else ranks.all_to_all(ranks.by_rank(grad))).sum(0), None
+# Linear exchanges, and that by which the gradient of each is exchanged.
+_ADJOINT = {
+    "_gather": "_gather_gradient",
+    "_gather_gradient": "_gather",
+    "_give_back": "_give_back_gradient",
+    "_give_back_gradient": "_give_back",
+}
 
 
-class _GiveBack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.all_gather(x) if ranks.replicated else ranks.all_to_all(ranks.by_rank(x))
+class _Exchange(torch.autograd.Function):
+    """One of `Ranks`' exchanges, by name; differentiable any number of times."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """A part's gradient is with the rank whose rows it was for; when replicated, with all, the same."""
-        ranks: Ranks = ctx.ranks
-        return grad[ranks.rank] if ranks.replicated else ranks.all_to_all(grad).flatten(0, 1), None
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, name: str) -> Tensor:
+        ctx.ranks, ctx.adjoint = ranks, _ADJOINT[name]
+        result: Tensor = getattr(ranks, name)(x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Exchange.apply(grad, ctx.ranks, ctx.adjoint), None, None

@@ -20,6 +20,7 @@ from .backbones import Backbone
 from .backbones.load import find_backbone, load_backbone
 from .cli.failures import doing
 from .cli.output import json_text, note
+from .config import LongMemConfig
 from .data.documents import (
     CORPORA,
     Document,
@@ -33,7 +34,7 @@ from .data.stream import tokenize_documents
 from .evaluate.perplexity import PerplexityReport, perplexity
 from .evaluate.plots import plot_perplexity, plot_recall
 from .evaluate.probe import ProbePlan, ProbeReport, probe_layers
-from .files import check_fields, load_json, save_text
+from .files import check_fields, load_json, naming, save_text
 from .memory import MemoryBank
 from .model import ABOUT, CONFIG, LongMem
 from .precision import autocast, resolve_precision
@@ -93,7 +94,10 @@ def read_run(run: Path) -> dict[str, Any]:
     about = run / CONFIG
     if not about.is_file():
         raise ValueError(f"no trained LongMem in {run}: config.json is missing (longmem train --out {run} makes one)")
-    return check_fields(f"longmem model: {about}", load_json(about, "longmem model"), ABOUT, others=True)
+    found = check_fields(f"longmem model: {about}", load_json(about, "longmem model"), ABOUT, others=True)
+    with naming(f"longmem model: {about}"):
+        LongMemConfig.from_dict(found["config"])
+    return found
 
 
 def load_run(run: Path, device: str, backbone: str | None = None, **changes: Any) -> tuple[LongMem, Any]:

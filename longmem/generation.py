@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,9 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longmem_kernels._checks import check_integer, check_number
+
 from .backbones.base import BackboneCache
 from .backbones.layers import LayerCache
 from .memory import MemoryBank
+from .padding import fill_padding
 
 if TYPE_CHECKING:
     from .model import LongMem
@@ -44,7 +46,7 @@ class SegmentDecoder:
         lengths = [n] * self.rows
         if mask is not None:
             lengths = _unpadded_lengths(tokens, mask)
-            tokens = tokens.masked_fill(~mask.bool(), 0)
+            tokens = fill_padding(tokens, mask.bool(), [n - length for length in lengths])
         # Later segments see earlier ones through memory alone, and what they write there does not depend on what they
         # read: all but a row's last one need no more than the encoder, up to the memory layer.
         whole = [(length - 1) // segment for length in lengths]
@@ -90,10 +92,9 @@ class SegmentDecoder:
 
 
 def _unpadded_lengths(tokens: Tensor, mask: Tensor) -> list[int]:
-    if mask.shape != tokens.shape:
-        raise ValueError(
-            f"generate: mask must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(mask.shape)}"
-        )
+    if not isinstance(mask, Tensor) or mask.shape != tokens.shape:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"generate: mask must have the shape of tokens, {tuple(tokens.shape)}, got {got}")
     mask = mask.bool()
     if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise ValueError("generate: padding must be on the left, and every row must hold a token; mask says otherwise")
@@ -112,14 +113,15 @@ class Sampler:
     logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            check_number("generate", name, getattr(self, name))
+        check_integer("generate", "top_k", self.top_k, 0)
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"generate: wanted temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}"
             )
-        if self.top_k < 0:
-            raise ValueError(f"generate: top_k must be 0 (all tokens) or more, got {self.top_k}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"generate: repetition_penalty must be above 0, and finite, got {self.repetition_penalty}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"generate: repetition_penalty must be above 0, got {self.repetition_penalty}")
 
     def __call__(self, logits: Tensor, history: History) -> Tensor:
         """Next tokens [B] from logits [B, vocabulary]."""
@@ -156,7 +158,8 @@ class Stop:
         pad: int | None,
         criteria: Callable[[Tensor, Tensor], Tensor | bool] | None,
     ) -> Stop:
-        ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(sorted(eos))
+        several = () if eos is None else eos if isinstance(eos, Collection) else (eos,)
+        ends = tuple(sorted(check_integer("generate", "eos", token) for token in several))
         return cls(ends, pad if pad is not None else ends[0] if ends else 0, criteria)
 
     def __call__(self, chosen: Tensor, logits: Tensor, history: History) -> list[int]:

@@ -11,6 +11,14 @@ import torch
 from torch import Tensor
 
 from longmem_kernels import Ring, chunk_topk, memory_attention, ring_write
+from longmem_kernels._checks import (
+    COMPUTE_DTYPES,
+    Sizes,
+    check_device,
+    check_dtype,
+    check_integer,
+    check_last_axis_contiguous,
+)
 from longmem_kernels.ring import MAX_CURSOR
 
 from .backbones.fingerprint import difference
@@ -91,6 +99,7 @@ class MemoryBank:
             device=device,
         )
         self._pending: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
+        self._versions: list[int] = []  # of what `write` was given
         self._last_ids: dict[int, Tensor] = {}
 
     @property
@@ -100,11 +109,22 @@ class MemoryBank:
         return self._ring
 
     def _flush(self) -> None:
-        """Do the write that waits."""
-        if self._pending is not None:
-            key, value, mask, ring_index = self._pending
-            self._pending = None
-            ring_write(self._ring, key, value, mask=mask, ring_index=ring_index)
+        """Do the write that waits. Raises RuntimeError where what it writes has changed since."""
+        if self._pending is None:
+            return
+        key, value, mask, ring_index = self._pending
+        self._pending = None
+        if _versions(key, value, mask) != self._versions:
+            raise RuntimeError(
+                "MemoryBank: key, value or mask of a write were changed in place before it took effect, when the memory"
+                " is next used, and nothing of it was written; pass tensors that stay as they are"
+            )
+        ring_write(self._ring, key, value, mask=mask, ring_index=ring_index)
+
+    def _wait(self, key: Tensor, value: Tensor, mask: Tensor | None, ring_index: Tensor | None) -> None:
+        """Leave a write until the memory is next used."""
+        self._flush()  # an earlier write comes first
+        self._pending, self._versions = (key, value, mask, ring_index), _versions(key, value, mask)
 
     def __repr__(self) -> str:
         ring = self._ring
@@ -115,7 +135,7 @@ class MemoryBank:
         """Forget everything, or the rows where `rows` [B] bool is true.
 
         Raises:
-            ValueError: a shared memory cannot forget some rows only.
+            ValueError, TypeError: `rows` are no such tensor, or a shared memory cannot forget some rows only.
         """
         if rows is not None:
             self._check_rows(rows)
@@ -125,10 +145,10 @@ class MemoryBank:
             self.ring.reset()
 
     def _check_rows(self, rows: Tensor) -> None:
-        if rows.shape != (self.rows,) or rows.dtype != torch.bool:
-            raise ValueError(
-                f"MemoryBank.reset: rows must be bool of shape ({self.rows},), got {rows.dtype} {tuple(rows.shape)}"
-            )
+        sizes = Sizes("MemoryBank.reset")
+        sizes.bind("rows", rows, f"{self.rows}")
+        check_dtype(sizes.op, "rows", rows, (torch.bool,))
+        check_device(sizes.op, self._ring.store.device, "the memory", rows=rows)
 
     def _all_or_none(self, rows: Tensor) -> bool:
         """True when a shared memory is to forget everything."""
@@ -139,16 +159,17 @@ class MemoryBank:
     def write(self, key: Tensor, value: Tensor, mask: Tensor | None = None, rows: Sequence[int] | None = None) -> None:
         """Append key, value [B, L * G, T, D], layer by layer; tokens where `mask` [B, T] bool is False are left out.
 
+        The last axis of key and value must be contiguous; all other strides are free. The write takes effect when the
+        memory is next used, and raises RuntimeError there where its tensors were changed in place meanwhile.
+
         Args:
             rows: the rows that the B rows given belong to; the others stay as they are. Default: all, in order.
 
         Raises:
-            ValueError: an argument does not fit, said now although the write takes effect later.
+            ValueError, TypeError: an argument does not fit, said now although the write takes effect later.
         """
         self._check_write(key, value, mask, rows)
-        self._flush()  # an earlier write comes first
-        key, value = alike(key.detach(), value.detach())
-        self._pending = (key, value, mask, self._rings_of(rows))
+        self._wait(*alike(key.detach(), value.detach()), mask, self._rings_of(rows))
 
     def _rings_of(self, rows: Sequence[int] | None) -> Tensor | None:
         """int32, the rings that rows write; None where that is each its own, or the only one."""
@@ -166,25 +187,16 @@ class MemoryBank:
         self._ring.cursor.add_(torch.tensor(list(tokens), device=self._ring.cursor.device))
 
     def _check_write(self, key: Tensor, value: Tensor, mask: Tensor | None, rows: Sequence[int] | None) -> None:
-        if rows is not None and (len(set(rows)) != len(rows) or not set(rows) <= set(range(self.rows))):
-            raise ValueError(f"MemoryBank.write: rows must be different ones of 0 to {self.rows - 1}, got {list(rows)}")
-        count = self.rows if rows is None else len(rows)
-        wanted = (count, self._ring.kv_heads, key.shape[-2], self._ring.head_dim)
-        if key.shape != wanted or value.shape != wanted:
-            raise ValueError(
-                "MemoryBank.write: key and value must be [B, L * G, T, D] ="
-                f" [{wanted[0]}, {wanted[1]}, T, {wanted[3]}], got {tuple(key.shape)} and {tuple(value.shape)}"
-            )
-        if key.device != self._ring.store.device or value.device != key.device:
-            raise ValueError(
-                f"MemoryBank.write: key and value must be on {self._ring.store.device}, got {key.device} and"
-                f" {value.device}"
-            )
-        if mask is not None and (mask.shape != (count, key.shape[2]) or mask.dtype != torch.bool):
-            raise ValueError(
-                f"MemoryBank.write: mask must be bool of shape {(count, key.shape[2])}, got {mask.dtype}"
-                f" {tuple(mask.shape)}"
-            )
+        count = self.rows if rows is None else len(check_rows("MemoryBank.write", rows, self.rows))
+        sizes, store = Sizes("MemoryBank.write"), self._ring.store
+        for name, tensor in (("key", key), ("value", value)):
+            sizes.bind(name, tensor, f"{count} {self._ring.kv_heads} T {self._ring.head_dim}")
+            check_dtype(sizes.op, name, tensor, COMPUTE_DTYPES)
+        if mask is not None:
+            sizes.bind("mask", mask, f"{count} T")
+            check_dtype(sizes.op, "mask", mask, (torch.bool,))
+        check_device(sizes.op, store.device, "the memory", key=key, value=value, mask=mask)
+        check_last_axis_contiguous(sizes.op, key=key, value=value)
 
     def retrieve(self, query: Tensor, k: int, *, layer: int = 0) -> tuple[Tensor, Tensor]:
         """The k best chunks for query [B, H, T, D] among those of memory layer `layer`, 0 to L - 1.
@@ -210,8 +222,7 @@ class MemoryBank:
         return _in_time(found, ring)
 
     def _heads(self, layer: int) -> slice:
-        if not 0 <= layer < self.layers:
-            raise ValueError(f"MemoryBank: layer must lie in [0, {self.layers}), got {layer}")
+        layer = check_integer("MemoryBank", "layer", layer, 0, self.layers - 1)
         heads = self._ring.kv_heads // self.layers
         return slice(layer * heads, (layer + 1) * heads)
 
@@ -246,6 +257,8 @@ class MemoryBank:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError when a tensor is missing, has another shape or dtype, or values that make no sense; nothing
         is changed then."""
+        if not isinstance(state, dict):
+            raise TypeError(f"MemoryBank: state must be a dictionary of tensors, got {type(state).__name__}")
         parts = _parts(self._ring)
         check_tensors("MemoryBank", state, parts, others=True)
         check_values(state)
@@ -339,6 +352,20 @@ def check_values(state: dict[str, Tensor]) -> None:
             f"MemoryBank: scale must be finite and not negative, got {wrong} that are not (the file is damaged, or the"
             " model's keys or values were not finite)"
         )
+
+
+def check_rows(op: str, rows: Sequence[int], count: int) -> list[int]:
+    """Raises ValueError where `rows` are not different ones of `count`."""
+    found = list(rows) if isinstance(rows, Sequence) else [rows]
+    fits = all(type(row) is int and 0 <= row < count for row in found)
+    if not isinstance(rows, Sequence) or not fits or len(set(found)) != len(found):
+        raise ValueError(f"{op}: rows must be different ones of 0 to {count - 1}, got {rows!r}")
+    return found
+
+
+def _versions(*tensors: Tensor | None) -> list[int]:
+    """How often the content of each was changed; tensors of inference mode do not count."""
+    return [x._version for x in tensors if x is not None and not x.is_inference()]
 
 
 def alike(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longmem_kernels._checks import Sizes, check_device, check_dtype, check_integer, check_truth
+
 from .backbones.base import Backbone, States
 from .backbones.fingerprint import difference
 from .backbones.layers import Positions
@@ -20,8 +22,8 @@ from .config import LongMemConfig
 from .data.stream import IGNORE
 from .files import check_tensors, load_tensors, naming, save_tensors, save_text, short, show
 from .generation import Sampler, Stop, decode
-from .memory import MemoryBank
-from .padding import check_mask, token_spans
+from .memory import MemoryBank, check_rows
+from .padding import check_mask, fill_padding, token_spans
 from .precision import multiply_as
 from .remember import remember
 from .sharded import ShardedMemoryBank
@@ -89,25 +91,34 @@ class LongMem(nn.Module):
         Args:
             tokens: [B, T] int64, T at most `config.segment`.
             memory: the rows' memory, read and then changed in place; None for local context alone.
-            targets: [B, T] int64, the next tokens; -100 is ignored.
+            targets: [B, T] int64, the next tokens; -100 is ignored, and so is what stands at padding.
             new_document: [B] bool, rows whose memory is emptied first.
             mask: [B, T] bool, False at padding, left or right of a row's tokens: it is not seen and not written. What
                 the logits say there means nothing.
             write: whether the segment is written to memory.
 
         Raises:
-            ValueError: tokens or a mask that do not fit the model, or a memory that was made by another one.
+            ValueError: tokens, targets or a mask that do not fit the model or each other, or a memory that was made by
+                another one; nothing is changed then.
+            TypeError: an argument of another type.
         """
         self._check(tokens, memory)
+        check_truth("LongMem", "write", write)
         positions = None
         if mask is not None:
             check_mask("LongMem", mask, tokens)
             starts, _ = token_spans("LongMem", mask)
-            tokens = tokens.masked_fill(~mask, 0)
+            tokens = fill_padding(tokens, mask, starts)
             positions = Positions.in_columns(starts, 0, tokens.shape[1], tokens.device)
         self.backbone.check_tokens(tokens)
-        if memory is not None and new_document is not None:
-            memory.reset(new_document)
+        if targets is not None:
+            targets = self._checked(targets, mask, tuple(tokens.shape))
+        if new_document is not None:
+            Sizes("LongMem").bind("new_document", new_document, f"{len(tokens)}")
+            check_dtype("LongMem", "new_document", new_document, (torch.bool,))
+            check_device("LongMem", tokens.device, "tokens", new_document=new_document)
+            if memory is not None:
+                memory.reset(new_document)
         states = self.backbone.encode(tokens, self.config.memory_layers, self.sidenet.depths, positions=positions)
         return self.read_states(states, memory, targets=targets, mask=mask, write=write)
 
@@ -130,9 +141,8 @@ class LongMem(nn.Module):
         Raises:
             ValueError: targets, or a mask, that do not fit the states (values are read on the CPU alone).
         """
-        if targets is not None and targets.shape != (states.key.shape[0], states.key.shape[2]):
-            wanted = (states.key.shape[0], states.key.shape[2])
-            raise ValueError(f"LongMem: targets must have the shape of tokens, {wanted}, got {tuple(targets.shape)}")
+        if targets is not None:
+            targets = self._checked(targets, mask, (states.key.shape[0], states.key.shape[2]))
         unaware = states.positions is None or states.positions.key_mask is None
         if mask is not None and unaware and mask.device.type == "cpu" and bool((mask.any(1) & ~mask[:, 0]).any()):
             raise ValueError(
@@ -177,11 +187,11 @@ class LongMem(nn.Module):
         Raises:
             ValueError: tokens, mask or rows that do not fit the model, `memory` or each other; nothing is written.
         """
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-            got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"remember: wanted tokens [R, n], got {got}")
-        if rows is not None and (len(set(rows)) != len(rows) or not set(rows) <= set(range(memory.rows))):
-            raise ValueError(f"remember: rows must be different ones of 0 to {memory.rows - 1}, got {list(rows)}")
+        Sizes("remember").bind("tokens", tokens, "R n")
+        if not isinstance(memory, MemoryBank):
+            raise TypeError(f"remember: memory must be a MemoryBank (new_memory), got {type(memory).__name__}")
+        if rows is not None:
+            rows = check_rows("remember", rows, memory.rows)
         self._check(tokens[:, : self.config.segment], memory, None if rows is None else len(rows))
         if mask is not None:
             check_mask("remember", mask, tokens)
@@ -271,11 +281,12 @@ class LongMem(nn.Module):
         Raises:
             ValueError: options out of range, or tokens that do not fit the model.
         """
-        if tokens.dim() != 2 or tokens.shape[1] == 0 or max_new_tokens < 0:
-            raise ValueError(
-                f"generate: wanted tokens [B, n] with n >= 1 and max_new_tokens >= 0, got {tuple(tokens.shape)} and"
-                f" {max_new_tokens}"
-            )
+        max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, 0)
+        sizes = Sizes("generate")
+        sizes.bind("tokens", tokens, "B n")
+        sizes.positive("n")
+        if pad is not None:
+            pad = check_integer("generate", "pad", pad, 0, self.backbone.vocab_size - 1)
         self._check(tokens[:, : self.config.segment], memory)
         sampler = Sampler(temperature, top_p, top_k, repetition_penalty, generator, logits_processor)
         return decode(self, tokens, memory, mask, max_new_tokens, sampler, Stop.at(eos, pad, stopping_criteria))
@@ -332,8 +343,33 @@ class LongMem(nn.Module):
         model.sidenet.load_state_dict(weights, strict=False)
         return model
 
+    def _checked(self, targets: Tensor, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """`targets` with IGNORE at padding."""
+        if isinstance(targets, Tensor) and targets.shape != shape:
+            raise ValueError(f"LongMem: targets must have the shape of tokens, {shape}, got {tuple(targets.shape)}")
+        Sizes("LongMem").bind("targets", targets, "B T")
+        check_dtype("LongMem", "targets", targets, (torch.int64,))
+        check_device("LongMem", self.backbone.device, "the backbone", targets=targets)
+        if mask is not None:
+            targets = targets.masked_fill(~mask, IGNORE)
+        vocabulary = self.backbone.vocab_size
+        wrong = (
+            (targets != IGNORE) & ((targets < 0) | (targets >= vocabulary)) if targets.device.type == "cpu" else None
+        )
+        if wrong is not None and bool(wrong.any()):
+            raise ValueError(
+                f"LongMem: targets must lie in [0, {vocabulary}), or be {IGNORE}, got {int(targets[wrong][0])}"
+            )
+        return targets
+
     def _check(self, tokens: Tensor, memory: MemoryBank | None, rows: int | None = None) -> None:
-        if tokens.dim() == 2 and tokens.shape[1] > self.config.segment:
+        Sizes("LongMem").bind("tokens", tokens, "B T")
+        if tokens.dtype != torch.int64:
+            raise ValueError(f"LongMem: tokens must be int64, got {tokens.dtype}")
+        check_device("LongMem", self.backbone.device, "the backbone", tokens=tokens)
+        if memory is not None and not isinstance(memory, MemoryBank):
+            raise TypeError(f"LongMem: memory must be a MemoryBank (new_memory), got {type(memory).__name__}")
+        if tokens.shape[1] > self.config.segment:
             raise ValueError(
                 f"LongMem: a segment holds at most {self.config.segment} tokens (config.segment), got {tokens.shape[1]}"
             )

@@ -5,12 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longmem_kernels._checks import Sizes, check_device
+
 
 def check_mask(name: str, mask: Tensor, tokens: Tensor) -> None:
-    """Raises ValueError where `mask` is not bool of the shape of `tokens`."""
+    """Raises ValueError where `mask` is not bool of the shape of `tokens`, beside them."""
     if not isinstance(mask, Tensor) or mask.shape != tokens.shape or mask.dtype != torch.bool:
         got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"{name}: mask must be bool of the shape of tokens, {tuple(tokens.shape)}, got {got}")
+    Sizes(name).bind("mask", mask, "B T")  # no sparse one
+    check_device(name, tokens.device, "tokens", mask=mask)
+
+
+def fill_padding(tokens: Tensor, mask: Tensor, starts: list[int]) -> Tensor:
+    """`tokens` [B, n] with each row's first token, of column `starts`, in place of its padding; with another row's
+    where it has none.
+
+    Attention gives what is masked a weight of zero, but zero times NaN is NaN: so nothing stands there that a model
+    could have states for which no other token has.
+    """
+    if mask.numel() == 0:
+        return tokens
+    first = tokens.gather(1, torch.tensor(starts, device=tokens.device)[:, None])
+    some = mask.any(1)
+    other = torch.where(some.any(), first[some.to(torch.uint8).argmax()], 0)
+    return torch.where(mask, tokens, torch.where(some[:, None], first, other))
 
 
 def token_spans(name: str, mask: Tensor) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .memory import MemoryBank
-from .padding import align_left, token_spans
+from .padding import align_left, fill_padding, token_spans
 from .sharded import ShardedMemoryBank
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def remember(
     starts, lengths = [0] * len(tokens), [tokens.shape[1]] * len(tokens)
     if mask is not None:
         starts, lengths = token_spans("remember", mask)
-        tokens = align_left(tokens.masked_fill(~mask, 0), starts)
+        tokens = align_left(fill_padding(tokens, mask, starts), starts)
     owners = list(range(memory.rows)) if rows is None else list(rows)
     if isinstance(memory, ShardedMemoryBank):
         return _remember_together(model, tokens, lengths, memory, owners, progress)

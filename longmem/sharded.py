@@ -102,8 +102,7 @@ class ShardedMemoryBank(MemoryBank):
             mask = torch.ones(self.rows, key.shape[2], dtype=torch.bool, device=key.device)
         key, value = alike(key, value)
         key, value, mask = (self.ranks.gather(x.detach()) for x in (key, value, mask))
-        self._flush()  # an earlier write comes first
-        self._pending = (key, value, mask & self._is_mine(mask), None)
+        self._wait(key, value, mask & self._is_mine(mask), None)
 
     def skip(self, tokens: Sequence[int]) -> None:
         """Raises ValueError: what each rank's rings skip depends on what the others' do."""

@@ -141,9 +141,25 @@ class SideNet(nn.Module):
         self.reads = nn.ModuleDict(
             {str(i): MemoryRead(bank, self.stack[i], config, own_projections) for bank, i in enumerate(places)}
         )
+        self._check_trained()
         self.reads.requires_grad_(True)
         # What trains: small updates vanish in low precision.
         self.to(trained_dtype(backbone.dtype))
+
+    def _check_trained(self) -> None:
+        """Raises ValueError where what is to train are quantised weights, which do not."""
+        reads = {f"reads.{place}": read for place, read in self.reads.items()}
+        copies = {f"{name}.{part}": getattr(read, part) for name, read in reads.items() for part in ("query", "output")}
+        copies |= {f"layers.{i}": layer for i, layer in enumerate(self.stack) if not self._borrowed}
+        for name, module in copies.items():
+            if module is None:
+                continue
+            own = list(module.parameters())
+            if not own or not all(parameter.is_floating_point() for parameter in own):
+                raise ValueError(
+                    f"LongMem: {name} is to train, and must have floating-point weights of its own, got"
+                    f" {type(module).__name__} (a quantised backbone?); load the backbone without quantisation"
+                )
 
     @property
     def stack(self) -> tuple[DecoderLayer, ...]:

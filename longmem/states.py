@@ -14,6 +14,7 @@ from .backbones import States
 from .data.stream import Batch
 from .files import check_tensors, open_tensors, save_tensors, tensors_like
 from .model import LongMem
+from .padding import fill_padding
 from .precision import autocast, resolve_precision
 
 _KIND = "longmem states"
@@ -29,7 +30,8 @@ def encode_now(model: LongMem) -> StateSource:
     """Encode every batch when it comes: for texts seen once."""
 
     def states(batch: Batch) -> States:
-        return model.backbone.encode(batch.tokens, model.config.memory_layers, model.sidenet.depths)
+        tokens = fill_padding(batch.tokens, batch.mask, [0] * len(batch.tokens))  # padding is on the right
+        return model.backbone.encode(tokens, model.config.memory_layers, model.sidenet.depths)
 
     return states
 

@@ -128,12 +128,12 @@ def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, 
         raise TypeError(f"{op}: {name} must be one of {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
-def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+def check_device(op: str, device: torch.device, like: str = "the first argument", /, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{op}: {name} must be on {device} like the first argument, got {tensor.device}")
+            raise ValueError(f"{op}: {name} must be on {device} like {like}, got {tensor.device}")
 
 
 def check_last_axis_contiguous(op: str, **tensors: Tensor | None) -> None:

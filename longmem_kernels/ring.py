@@ -88,7 +88,8 @@ class Ring:
             raise ValueError(f"Ring.new: device must be a device of PyTorch, got {device!r} ({error})") from None
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a memory may be made there and trained with elsewhere
+                return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(
             store=zeros(dtype, rings, kv_heads, chunks, 2, chunk_size, head_dim),

@@ -189,3 +189,54 @@ def test_weights_of_any_size_and_layout() -> None:
                 ).fingerprint()
             )
         assert marks[0] == marks[1] != marks[2], count
+
+
+def _patch(name: str) -> Callable[[Any], object]:
+    def scale(model: Any) -> None:
+        model.model.rotary_emb.attention_scaling = 0.5
+
+    def activation(model: Any) -> None:
+        model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+    return {
+        "frequencies": lambda model: model.model.rotary_emb.inv_freq.mul_(0.5),
+        "scale of rotation": scale,
+        "activation": activation,
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["frequencies", "scale of rotation", "activation"])
+def test_what_is_changed_beside_the_configuration_counts(name: str) -> None:
+    model = tiny_huggingface("llama")
+    mark = huggingface_backbone(model).fingerprint()
+    _patch(name)(model)
+    assert "settings" in str(difference(mark, huggingface_backbone(model).fingerprint()))
+
+
+def test_tied_weights_are_what_equal_ones_are() -> None:
+    model = tiny_huggingface("llama")
+    mark = huggingface_backbone(model).fingerprint()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert huggingface_backbone(model).fingerprint() == mark
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao says that it will go
+def test_weights_that_are_packed_count_and_do_not_train() -> None:
+    model = tiny_huggingface("llama")
+    marks = []
+    for factor in (1.0, 2.0):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight.mul_(factor)
+        packed = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
+        marks.append(huggingface_backbone(packed).fingerprint())
+    assert "weights" in str(difference(*marks))
+    with pytest.raises(ValueError, match="to train, and must have floating-point weights"):
+        LongMem(huggingface_backbone(packed), tiny_longmem().config)
+
+
+def test_casting_a_backbone_leaves_its_positions_as_they_are() -> None:
+    backbone = tiny_backbone()
+    before = copy.deepcopy(backbone.layer(0).rotary)
+    after = backbone.to(torch.bfloat16).layer(0).rotary
+    assert before is not None and after is not None
+    assert torch.equal(before.angles.inv_freq, after.angles.inv_freq) and after.angles.inv_freq.dtype == torch.float32

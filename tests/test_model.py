@@ -203,7 +203,7 @@ def test_some_rows_remember_and_the_others_stay_as_they_are() -> None:
         ((2, 30), None, [0, 3], "different ones of 0 to 2, got .0, 3."),
         ((2, 30), None, [-1, 0], "different ones of 0 to 2, got .-1, 0."),
         ((2, 30), None, [1, 1], "different ones of 0 to 2, got .1, 1."),
-        ((30,), None, None, "wanted tokens .R, n., got .30,."),
+        ((30,), None, None, "tokens must have 2 axes .R, n., got shape .30,."),
         ((3, 30), (3, 29), None, "mask must be bool of the shape of tokens, .3, 30., got torch.bool .3, 29."),
     ],
 )

@@ -210,5 +210,36 @@ def test_rows_are_written_without_touching_the_others() -> None:
     for rows in ([0, 0], [3, 1], [-1, 0]):
         with pytest.raises(ValueError, match="rows must be different ones of 0 to 2"):
             memory.write(key, value, rows=rows)
-    with pytest.raises(ValueError, match=r"\[2, 1, T, 4\], got \(1, 1, 6, 4\)"):
+    with pytest.raises(ValueError, match=r"\[2, 1, T, 4\], got shape \(1, 1, 6, 4\)"):
         memory.write(key[:1], value[:1], rows=[0, 1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_padding_is_nothing_that_a_model_could_have_no_states_for(family: str) -> None:
+    """A token whose embedding is not a number reaches no other, where it is nowhere but in the filling."""
+    model = tiny_longmem(family)
+    embed = model.backbone.embed
+    embed.weight = torch.nn.Parameter(embed.weight.detach().clone(), requires_grad=False)
+    embed.weight[0] = torch.nan
+    ids, mask = torch.randint(1, VOCABULARY, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
+    mask[0, :5], mask[1, 5:], mask[2] = False, False, False
+    memory = model.new_memory(3)
+    model.remember(ids, memory, mask)
+    output = model(ids, memory, mask=mask, targets=ids)
+    assert output.logits[mask].isfinite().all() and output.loss is not None and output.loss.isfinite()
+    output.loss.backward()
+    assert all(x.grad.isfinite().all() for x in model.trainable().values() if x.grad is not None)
+    assert memory.ring.store.isfinite().all()
+    padded, alone = (
+        list(model.generate(prompt, max_new_tokens=3, mask=hidden))
+        for prompt, hidden in ((ids[:1], mask[:1]), (ids[:1, 5:], None))
+    )
+    assert torch.equal(torch.stack(padded), torch.stack(alone))
+
+
+def test_targets_at_padding_do_not_count() -> None:
+    model, ids = tiny_longmem(), torch.randint(0, VOCABULARY, (1, 12))
+    mask = torch.arange(12)[None] >= 5
+    losses = [model(ids, mask=mask, targets=ids.masked_fill(~mask, filling)).loss for filling in (-100, 3, -1)]
+    assert losses[0] == losses[1] == losses[2]
+    torch.testing.assert_close(losses[0], model(ids[:, 5:], targets=ids[:, 5:]).loss)

@@ -225,6 +225,31 @@ def test_a_model_trains_as_with_the_whole_bank(world: int, scope: str, tmp_path:
         run_ranks(world, train_together, tmp_path, scope, options)
 
 
+def penalise(rank: int, replicated: bool) -> None:
+    """Gradients of gradients, which the reference has: of float64, or where it is asked for."""
+    torch.manual_seed(2)
+    whole, sharded, own = banks("row", replicated, dtype=torch.float64)
+    key, value = tokens(whole.rows, 40, torch.float64)
+    local = torch.randn(whole.rows, KV_HEADS, 3, D, dtype=torch.float64)
+    query = torch.randn(whole.rows, HEADS, 3, D, dtype=torch.float64)
+    found = []
+    for bank, rows in ((whole, slice(None)), (sharded, own)):
+        bank.write(key[rows], value[rows])
+        leaf = query[rows].clone().requires_grad_()
+        ids, _ = bank.retrieve(leaf, 2)
+        out = bank.attend(leaf, local[rows], local[rows], ids, fusion="joint")
+        (gradient,) = torch.autograd.grad(out.pow(2).sum(), leaf, create_graph=True)
+        gradient.pow(2).sum().backward()
+        found.append(leaf.grad)
+    wanted, got = found
+    torch.testing.assert_close(got, wanted[own])
+
+
+@REPLICATED
+def test_gradients_of_gradients_equal_the_whole_banks(replicated: bool, tmp_path: Path) -> None:
+    run_ranks(2, penalise, tmp_path, replicated)
+
+
 # --- files and bad input ---
 
 
@@ -272,7 +297,7 @@ def refuse(rank: int) -> None:
     _, memory, _ = banks("shared", False)
     with pytest.raises(ValueError, match="reset all or none"):  # all of this rank's rows, none of the other's
         memory.reset(torch.full((ROWS,), rank == 0))
-    with pytest.raises(ValueError, match="mask must be bool"):
+    with pytest.raises(TypeError, match="mask must be one of bool"):
         memory.write(*tokens(ROWS, 4), torch.ones(ROWS, 4))
     query, key = torch.randn(ROWS, HEADS, 2, D), torch.randn(ROWS, KV_HEADS, 2, D)
     ids, _ = memory.retrieve(query, 2)

@@ -206,4 +206,4 @@ class Backbone(nn.Module):
         if tokens.device.type == "cpu" and tokens.numel():
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.vocab_size:
-                raise ValueError(f"Backbone: token ids must lie in [0, {self.vocab_size}), got {low} to {high}")
+                raise ValueError(f"Backbone: tokens must be ids in [0, {self.vocab_size}), got {low} to {high}")

@@ -40,7 +40,7 @@ def fingerprint(backbone: Backbone) -> str:
     """
     dtype = backbone.dtype
     own = FLOATS.index(dtype)
-    tensors = list(_weights(backbone))
+    tensors = _weights(backbone)
     # bfloat16 and float16 weights are both rounded to the other too.
     formats = FLOATS[min(own, 2) :]
     digests = ",".join(f"{_short(kind)}={_digest(tensors, kind)}" for kind in formats)
@@ -121,6 +121,7 @@ def _settings(backbone: Backbone) -> str:
         "settings": backbone.settings,
         "norms": [_epsilon(backbone.norm), _epsilon(backbone.embed_norm)],
         "layers": [_layer_settings(backbone.layer(i)) for i in range(len(backbone.layers))],
+        "rotary": _changed_positions(backbone),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -129,7 +130,8 @@ def _layer_settings(layer: DecoderLayer) -> list[Any]:
     norms = (layer.input_norm, layer.mlp_norm, layer.output_norm, layer.query_norm, layer.key_norm)
     shape: list[Any] = [layer.heads, layer.kv_heads, layer.head_dim, layer.window, float(layer.scale), layer.parallel]
     kind = None if layer.rotary is None else layer.rotary.kind
-    return [*shape, kind, layer.rotary is not None, [_epsilon(norm) for norm in norms], _epsilons_within(layer.mlp)]
+    parts = [[_epsilon(norm) for norm in norms], _epsilons_within(layer.mlp), _activations(layer.mlp)]
+    return [*shape, kind, layer.rotary is not None, *parts]
 
 
 def _epsilon(norm: nn.Module | None) -> float | None:
@@ -143,21 +145,84 @@ def _epsilons_within(mlp: nn.Module) -> list[float]:
     return [value for module in mlp.modules() if (value := _epsilon(module)) is not None]
 
 
+def _activations(mlp: nn.Module) -> list[Any]:
+    """Of each module without weights in a feed-forward, which are its activation and nothing else, some values to three
+    digits: whatever it is called, and whoever exchanged it."""
+    places = torch.tensor([-3.0, -1.0, -0.25, 0.25, 1.0, 3.0], device="cpu")
+    found: list[Any] = []
+    for module in mlp.modules():
+        holds = next(module.children(), None) is not None or next(module.parameters(), None) is not None
+        if holds or isinstance(module, (nn.Dropout, nn.Identity)):
+            continue
+        try:
+            found.append([round(value, 3) + 0.0 for value in module(places).flatten().tolist()])
+        except Exception:  # one of another kind, that takes something else
+            found.append(type(module).__name__)
+    return found
+
+
+def _changed_positions(backbone: Backbone) -> list[Any]:
+    """The numbers of rotary positions, to three digits, where they are not those that the model's configuration gives:
+    somebody has changed them afterwards, or they have no configuration. Rounded to 16 bits they are the same."""
+    layers = [backbone.layer(i).rotary for i in range(len(backbone.layers))]
+    changed: list[Any] = []
+    for angles in {id(rotary.angles): rotary.angles for rotary in layers if rotary is not None}.values():
+        wanted: dict[str, Tensor] = {}
+        if (config := getattr(angles, "config", None)) is not None:
+            with torch.device("cpu"):
+                wanted = _position_numbers(type(angles)(config))
+        found = _position_numbers(angles)
+        if any(name not in wanted or not _equal_but_rounded(x, wanted[name]) for name, x in found.items()):
+            changed.append({name: [f"{value:.2e}" for value in x.tolist()] for name, x in found.items()})
+    return changed
+
+
+def _position_numbers(angles: nn.Module) -> dict[str, Tensor]:
+    """Frequencies, and what cos and sin are multiplied by."""
+    numbers = {name: buffer.flatten() for name, buffer in angles.named_buffers() if not buffer.is_meta}
+    scales = {name: value for name, value in vars(angles).items() if name.endswith("attention_scaling")}
+    return {name: x.detach().double().cpu() for name, x in numbers.items()} | {
+        name: torch.tensor([float(value)], dtype=torch.float64) for name, value in scales.items()
+    }
+
+
+def _equal_but_rounded(x: Tensor, wanted: Tensor) -> bool:
+    rounded = (wanted, *(wanted.to(half).double() for half in FLOATS[2:]))
+    return x.shape == wanted.shape and any(torch.allclose(x, one, rtol=1e-5, atol=0) for one in rounded)
+
+
 # Weights.
 
 
-def _weights(backbone: Backbone) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and the buffers that scale something. Rotary frequencies follow from the settings, and their last
-    bits depend on the machine."""
-    yield from ((name, parameter.detach()) for name, parameter in backbone.named_parameters())
-    yield from ((name, buffer) for name, buffer in backbone.named_buffers() if ".rotary." not in name)
+def _weights(backbone: Backbone) -> list[tuple[str, Tensor]]:
+    """Parameters, the buffers that scale something, and what quantised modules keep beside them, each under all its
+    names. Rotary frequencies follow from the settings, and their last bits depend on the machine."""
+    found: dict[str, Tensor] = dict(backbone.named_parameters(remove_duplicate=False))
+    known = found | dict(backbone.named_buffers(remove_duplicate=False))
+    found |= {name: buffer for name, buffer in known.items() if name not in found and ".rotary." not in name}
+    packed = {name: value for name, value in backbone.state_dict().items() if name not in known}
+    return [*found.items(), *(part for name, value in packed.items() for part in _unpacked(name, value))]
+
+
+def _unpacked(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in something that a module keeps."""
+    if isinstance(value, (tuple, list)):
+        for i, part in enumerate(value):
+            yield from _unpacked(f"{name}.{i}", part)
+    elif isinstance(value, Tensor) and value.is_quantized:
+        per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+        scale = value.q_per_channel_scales() if per_channel else torch.tensor([value.q_scale()])
+        yield from ((name, value.int_repr()), (f"{name}.scale", scale.double()))
+    elif isinstance(value, Tensor):
+        yield name, value
 
 
 def _digest(tensors: list[tuple[str, Tensor]], dtype: torch.dtype) -> str:
-    found = hashlib.sha256()
+    found, sums = hashlib.sha256(), {}
     for name, tensor in tensors:
-        found.update(f"{name}{tuple(tensor.shape)}".encode())
-        found.update(_row_sums(tensor.reshape(-1), dtype).cpu().numpy().tobytes())
+        if id(tensor) not in sums:  # weights that are tied are summed once, and the same as where they are not
+            sums[id(tensor)] = _row_sums(tensor.detach().reshape(-1), dtype).cpu().numpy().tobytes()
+        found.update(f"{name}{tuple(tensor.shape)}".encode() + sums[id(tensor)])
     return found.hexdigest()[:16]
 
 
@@ -193,7 +258,7 @@ def _keys(device: torch.device) -> Tensor:
 
 def _sample(tensors: list[tuple[str, Tensor]]) -> str:
     """`_SAMPLES` weights, evenly spread over all, as bfloat16: four hexadecimal digits each."""
-    floats = [tensor.reshape(-1) for _, tensor in tensors if tensor.is_floating_point()]
+    floats = [tensor.detach().reshape(-1) for _, tensor in tensors if tensor.is_floating_point()]
     total = sum(map(len, floats))
     places = [i * total // _SAMPLES for i in range(_SAMPLES)]
     found, begin = [], 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -92,6 +92,17 @@ class Rotary(nn.Module):
     def __init__(self, angles: nn.Module, kind: str | None = None) -> None:
         super().__init__()
         self.angles, self.kind = angles, kind
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        """Frequencies keep their format when a model is cast: 8 bits of one are a radian at position 500."""
+        exact = dict(self.named_buffers(remove_duplicate=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            owner, _, leaf = name.rpartition(".")
+            moved = self.get_submodule(owner)._buffers[leaf]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self.get_submodule(owner)._buffers[leaf] = buffer.to(moved.device)
+        return self
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """Rotate x [B, H, T, D]."""

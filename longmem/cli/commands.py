@@ -155,8 +155,8 @@ def evaluate(
     json: bool,
 ) -> None:
     """Measure held-out perplexity; the arguments are the options' values."""
-    trained = read_run(run)["config"]
-    _check_scored(score_from, segment or trained.get("segment", 1), document_tokens)
+    trained = LongMemConfig.from_dict(read_run(run)["config"])
+    _check_scored(score_from, segment or trained.segment, document_tokens)
     check_sources(data)
     folder = out or run / "eval"
     check_folder(folder)

@@ -100,7 +100,7 @@ class Trainer:
         # AdamW's moments, which it would make at its first step: a checkpoint is loaded into them.
         for parameter in model.trainable().values():
             moments = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+            self.optimizer.state[parameter] = {"step": torch.tensor(0.0, dtype=torch.float32), **moments}
         if self.processes.count > 1:
             torch.manual_seed(config.seed * self.processes.count + self.processes.rank)
         self.step = 0
@@ -229,9 +229,12 @@ class Trainer:
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
+            remedy = "lower learning_rate, or clip, and run again"
+            if self.model.backbone.dtype == torch.float16:
+                remedy += " (or train around the backbone in bfloat16 or float32: float16 ends at 65,504)"
             raise FloatingPointError(
-                f"Trainer: the {what} of step {self.step + 1} is {value}; lower learning_rate, or clip, and run again:"
-                f" training goes on from the last checkpoint in {self.folder}"
+                f"Trainer: the {what} of step {self.step + 1} is {value}; {remedy}: training goes on from the last"
+                f" checkpoint in {self.folder}"
             )
 
     def _metrics(self, segments: list[Batch], measured: list[Measured], loss: float) -> dict[str, float]:
