@@ -262,7 +262,7 @@ class LongMem(nn.Module):
             top_p: samples from the smallest set of tokens whose probability reaches it.
             top_k: samples from so many most likely tokens; 0: from all.
             repetition_penalty: divides the positive and multiplies the negative logits of tokens that the row has had
-                already (Keskar et al. 2019); 1 changes nothing.
+                already (Keskar et al. 2019), 0.001 to 1,000; 1 changes nothing.
             logits_processor: `(ids [B, n + generated], logits [B, vocabulary]) -> logits`, after the penalty and before
                 the temperature: a `LogitsProcessorList` of `transformers`, or one processor.
             stopping_criteria: `(ids, logits) -> bool [B]`, asked after every token: rows that are done. A
@@ -270,6 +270,7 @@ class LongMem(nn.Module):
 
         Raises:
             ValueError: options out of range, or tokens that do not fit the model.
+            FloatingPointError: the logits of a step hold not-a-number or infinity.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0 or max_new_tokens < 0:
             raise ValueError(
@@ -329,6 +330,8 @@ class LongMem(nn.Module):
                 f" {backbone.name!r}: {reason}"
             )
         check_tensors(f"{_KIND}: {file}", weights, model.trainable(), any_float=True)
+        if wrong := [name for name in weights if not bool(weights[name].isfinite().all())]:
+            raise ValueError(f"{_KIND}: {file}: {len(wrong)} weights are not finite, among them {wrong[0]}")
         model.sidenet.load_state_dict(weights, strict=False)
         return model
 

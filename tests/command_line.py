@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -50,11 +51,14 @@ def run(*arguments: str | Path) -> int:
     """What the command exits with; this process's environment and arguments stay as they are."""
     # The allocator of this process stays as it is as well: a command leaves it alone where the environment sets it.
     settings = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
+    interrupted = signal.getsignal(signal.SIGINT)
     with patch.dict(os.environ, settings), patch.object(sys, "argv", ["longmem", *map(str, arguments)]):
         try:
             cli.main()
         except SystemExit as stop:
             return int(stop.code or 0)
+        finally:
+            signal.signal(signal.SIGINT, interrupted)  # a command leaves it to the end of its process
     return 0
 
 

@@ -29,6 +29,8 @@ def load_backbone(name: str, device: str | torch.device = "cpu") -> tuple[Backbo
             or several.
         OSError: there is no such model (from `transformers`).
     """
+    if not name:
+        raise ValueError("load_backbone: wanted the name of a backbone, got an empty one")
     path = Path(name).expanduser()
     if name == "smollm2":
         from .smollm2 import load_smollm2

@@ -43,6 +43,17 @@ def _finite(
     return check
 
 
+def _path(text: str | Path) -> Path:
+    """An empty path, out of a variable that is not set, would be the working directory."""
+    if not str(text):
+        raise typer.BadParameter("wanted a path, got an empty one")
+    return Path(text)
+
+
+def _path_option(*names: str, **more: Any) -> Any:
+    return _option(*names, parser=_path, metavar="PATH", **more)
+
+
 def _option(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
@@ -57,14 +68,16 @@ OwnData = Annotated[
     list[str] | None,
     _option("--data", help="Your own files instead of Shakespeare; the last three are held out.", panel=_TEXTS),
 ]
-RunOut = Annotated[Path, _option(help="Run folder; an interrupted run in it is continued.", panel=_TEXTS)]
+RunOut = Annotated[Path, _path_option(help="Run folder; an interrupted run in it is continued.", panel=_TEXTS)]
 ProbeOut = Annotated[
-    Path, _option(help="Where states, runs and probe.json go; what is there is not done again.", panel=_TEXTS)
+    Path, _path_option(help="Where states, runs and probe.json go; what is there is not done again.", panel=_TEXTS)
 ]
-EvalOut = Annotated[Path | None, _option(help="Where JSON and plot go; default RUN/eval.", panel=_TEXTS)]
-RecallOut = Annotated[Path, _option(help="Where JSON and plot go.", panel=_TEXTS)]
-QuickstartOut = Annotated[Path, _option(help="Where everything goes; an interrupted run is continued.", panel=_TEXTS)]
-Run = Annotated[Path, _option(help="Folder of a trained LongMem.", panel=_TEXTS)]
+EvalOut = Annotated[Path | None, _path_option(help="Where JSON and plot go; default RUN/eval.", panel=_TEXTS)]
+RecallOut = Annotated[Path, _path_option(help="Where JSON and plot go.", panel=_TEXTS)]
+QuickstartOut = Annotated[
+    Path, _path_option(help="Where everything goes; an interrupted run is continued.", panel=_TEXTS)
+]
+Run = Annotated[Path, _path_option(help="Folder of a trained LongMem.", panel=_TEXTS)]
 TrainTokens = Annotated[
     int | None, _option("--document-tokens", min=2, help="Cut documents after this many tokens.", panel=_TEXTS)
 ]
@@ -243,7 +256,7 @@ TopK = Annotated[
 RepetitionPenalty = Annotated[
     float | None,
     _option(
-        callback=_finite(above=0),
+        callback=_finite(least=1e-3, most=1e3),
         help=f"Above 1 discourages what was said; 1 is none. {_SAMPLING} 1.",
         panel=_GENERATION,
     ),
@@ -287,7 +300,7 @@ Compilers = Annotated[
     int | None, _option("--workers", min=1, help="Processes that compile; default: one per core.", panel=_MEASURED)
 ]
 RankingsFile = Annotated[
-    Path | None, _option("--json", help="Write rankings and winners; LONGMEM_TILES reads it.", panel=_TEXTS)
+    Path | None, _path_option("--json", help="Write rankings and winners; LONGMEM_TILES reads it.", panel=_TEXTS)
 ]
 Update = Annotated[bool, _option("--update", help="Put the winners into the tables of longmem_kernels.", panel=_TEXTS)]
 Architecture = Annotated[int, _option("--arch", min=1, help="Compute capability: 80 or 90.", panel=_MEASURED)]
@@ -311,7 +324,9 @@ Minutes = Annotated[
     float | None, _option(callback=_finite(least=0), help="Begin nothing new after this time.", panel=_MEASURED)
 ]
 ProfileSteps = Annotated[int, _option("--steps", min=1, help="Steps of each layer that are averaged.", panel=_MEASURED)]
-JsonFile = Annotated[Path | None, _option("--json", help="Write the rows to this file; - is stdout.", panel=_TEXTS)]
-Plots = Annotated[Path | None, _option("--plots", help="Write PNGs to this folder.", panel=_TEXTS)]
+JsonFile = Annotated[
+    Path | None, _path_option("--json", help="Write the rows to this file; - is stdout.", panel=_TEXTS)
+]
+Plots = Annotated[Path | None, _path_option("--plots", help="Write PNGs to this folder.", panel=_TEXTS)]
 Keep = Annotated[bool, _option("--keep", help="Keep the rows under benchmarks/results/.", panel=_TEXTS)]
-TraceOut = Annotated[Path, _option("--out", help="Folder for one Chrome trace per layer.", panel=_TEXTS)]
+TraceOut = Annotated[Path, _path_option("--out", help="Folder for one Chrome trace per layer.", panel=_TEXTS)]
