@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,11 +117,15 @@ class Sampler:
     logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ValueError(f"generate: {name} must be a number, got {value!r}")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"generate: wanted temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}"
             )
-        if self.top_k < 0:
+        if not isinstance(self.top_k, Integral) or self.top_k < 0:
             raise ValueError(f"generate: top_k must be 0 (all tokens) or more, got {self.top_k}")
         if not MIN_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
             wanted = f"lie in [{MIN_PENALTY}, {MAX_PENALTY}]"
@@ -166,7 +171,10 @@ class Stop:
         pad: int | None,
         criteria: Callable[[Tensor, Tensor], Tensor | bool] | None,
     ) -> Stop:
-        ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(sorted(eos))
+        ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        if not all(isinstance(token, int) for token in ends):
+            raise ValueError(f"generate: eos must be a token id or several, got {eos!r}")
+        ends = tuple(sorted(ends))
         return cls(ends, pad if pad is not None else ends[0] if ends else 0, criteria)
 
     def __call__(self, chosen: Tensor, logits: Tensor, history: History) -> list[int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbones.base import Backbone, States
+from .backbones.base import Backbone, States, check_backbone
 from .backbones.fingerprint import difference
 from .backbones.layers import Positions
 from .backbones.load import find_backbone, load_backbone, place_of
@@ -58,11 +59,7 @@ class LongMem(nn.Module):
 
     def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
         super().__init__()
-        if not isinstance(backbone, Backbone):
-            raise TypeError(
-                f"LongMem: backbone must be a Backbone, got {type(backbone).__name__}; a transformers model becomes one"
-                " by huggingface_backbone(model)"
-            )
+        check_backbone("LongMem", backbone)
         if not isinstance(config, LongMemConfig):
             raise TypeError(f"LongMem: config must be a LongMemConfig, got {type(config).__name__}")
         config.check(len(backbone.layers), backbone.max_segment)
@@ -142,6 +139,7 @@ class LongMem(nn.Module):
         logits = self.logits(self.sidenet(states, memory, shares=shares))
         loss = None
         if targets is not None:
+            _check_targets(targets, logits.shape[-1])
             # In float32, and defined (zero) when every target is ignored.
             total = F.cross_entropy(
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
@@ -177,9 +175,8 @@ class LongMem(nn.Module):
         Raises:
             ValueError: tokens, mask or rows that do not fit the model, `memory` or each other; nothing is written.
         """
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-            got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"remember: wanted tokens [R, n], got {got}")
+        _check_ids("remember", tokens, "tokens [R, n]")
+        _check_memory("remember", memory)
         if rows is not None and (len(set(rows)) != len(rows) or not set(rows) <= set(range(memory.rows))):
             raise ValueError(f"remember: rows must be different ones of 0 to {memory.rows - 1}, got {list(rows)}")
         self._check(tokens[:, : self.config.segment], memory, None if rows is None else len(rows))
@@ -272,7 +269,8 @@ class LongMem(nn.Module):
             ValueError: options out of range, or tokens that do not fit the model.
             FloatingPointError: the logits of a step hold not-a-number or infinity.
         """
-        if tokens.dim() != 2 or tokens.shape[1] == 0 or max_new_tokens < 0:
+        _check_ids("generate", tokens, "tokens [B, n] with n >= 1")
+        if tokens.shape[1] == 0 or not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
             raise ValueError(
                 f"generate: wanted tokens [B, n] with n >= 1 and max_new_tokens >= 0, got {tuple(tokens.shape)} and"
                 f" {max_new_tokens}"
@@ -309,6 +307,8 @@ class LongMem(nn.Module):
                 f"LongMem.from_pretrained: of the configuration {', '.join(sorted(_CHANGEABLE))} may be changed, got"
                 f" {', '.join(sorted(fixed))}"
             )
+        if backbone is not None:
+            check_backbone("LongMem.from_pretrained", backbone)
         file = Path(folder) / _WEIGHTS
         weights, about = load_tensors(file, _KIND, header=ABOUT)
         if backbone is None:
@@ -336,14 +336,37 @@ class LongMem(nn.Module):
         return model
 
     def _check(self, tokens: Tensor, memory: MemoryBank | None, rows: int | None = None) -> None:
-        if tokens.dim() == 2 and tokens.shape[1] > self.config.segment:
+        _check_ids("LongMem", tokens)
+        if tokens.shape[1] > self.config.segment:
             raise ValueError(
                 f"LongMem: a segment holds at most {self.config.segment} tokens (config.segment), got {tokens.shape[1]}"
             )
         if memory is None:
             return
+        _check_memory("LongMem", memory)
         if reason := difference(memory.fingerprint, self.fingerprint):
             raise ValueError(f"LongMem: the memory was made by another model: {reason}")
         if tokens.shape[0] != (memory.rows if rows is None else rows):
             wanted = f"the memory's {memory.rows}" if rows is None else f"the {rows} named"
             raise ValueError(f"LongMem: tokens must have {wanted} rows, got {tuple(tokens.shape)}")
+
+
+def _check_ids(where: str, tokens: Any, wanted: str = "tokens [B, n]") -> None:
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        more = '; what a tokenizer returns holds them as ["input_ids"]' if isinstance(tokens, Mapping) else ""
+        raise ValueError(f"{where}: wanted {wanted}, got {got}{more}")
+
+
+def _check_memory(where: str, memory: Any) -> None:
+    if not isinstance(memory, MemoryBank):
+        raise TypeError(f"{where}: memory must be one that new_memory made, got {type(memory).__name__}")
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    if targets.dtype != torch.int64:
+        raise ValueError(f"LongMem: targets must be int64, got {targets.dtype}")
+    if targets.device.type == "cpu":  # elsewhere, reading values waits for the device
+        wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= vocabulary))]
+        if len(wrong):
+            raise ValueError(f"LongMem: targets must lie in [0, {vocabulary}) or be {IGNORE}, got {int(wrong[0])}")
