@@ -357,7 +357,8 @@ def attend(
     """One pass of flash attention over keys begin ... end - 1: the running maximum, sum and output after it."""
     if slope is not None and not MASKED:
         b_max += alibi_rows(slope, o_query, first)
-    STAGES: tl.constexpr = 1 if CAREFUL else None  # registers are for the loops that usually run
+    # Registers are for the loops that usually run; those of float32 products take more without stages.
+    STAGES: tl.constexpr = 1 if CAREFUL and p_key.dtype.element_ty != tl.float32 else None
     for start in tl.range(begin, end, BS, num_stages=STAGES):
         o_key = start + tl.arange(0, BS)
         b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]

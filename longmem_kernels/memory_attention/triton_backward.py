@@ -170,7 +170,7 @@ def _query_grad(
     """b_query_grad with what keys begin ... end - 1 add, not yet scaled."""
     if slope is not None and not MASKED:
         b_base += alibi_rows(slope, o_query, first)
-    STAGES: tl.constexpr = 1 if CAREFUL else None
+    STAGES: tl.constexpr = 1 if CAREFUL and BS > 16 else None
     for start in tl.range(begin, end, BS, num_stages=STAGES):
         o_key = start + tl.arange(0, BS)
         b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
@@ -257,6 +257,9 @@ def memory_attention_query_grad_kernel(
 
     if any_not_finite(b_query_grad):
         SMALLER: tl.constexpr = BS // 2 if BS > 16 else BS  # in registers beside what the loops above take
+        # Loaded once more, because what is kept for here takes registers from the loops above.
+        b_query = load_rows(p_query + i_b * s_query_b + i_h * s_query_h, o_t, s_query_t, T, D, BD, True)
+        b_grad = load_rows(p_grad + i_b * s_grad_b + i_h * s_grad_h, o_t, s_grad_t, T, D, BD, True)
         b_query_grad = _query_grad(
             tl.zeros([BT, BD], tl.float32), begin, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
             b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
@@ -284,7 +287,7 @@ def _key_value_grad(
     p_query += i_h * s_query_h
     p_grad += i_h * s_grad_h
     first_row = (i_b * H + i_h) * T
-    STAGES: tl.constexpr = 1 if CAREFUL else None  # registers are for the loops that usually run
+    STAGES: tl.constexpr = 1 if CAREFUL and p_query.dtype.element_ty != tl.float32 else None
     for start in tl.range(begin, end, BT, num_stages=STAGES):
         o_t = start + tl.arange(0, BT)
         m_t = o_t < T
@@ -384,6 +387,9 @@ def memory_attention_key_value_grad_kernel(
         end = T
         if window is not None:
             end = all_begin
+        if p_key.dtype.element_ty == tl.float32:  # as above
+            b_key = load_rows(p_key + i_b * s_key_b + i_g * s_key_g, o_key, s_key_s, S, D, BD, True)
+            b_value = load_rows(p_value + i_b * s_value_b + i_g * s_value_g, o_key, s_value_s, S, D, BD, True)
         for i_head in range(GROUP):
             b_key_grad, b_value_grad = _key_value_grad(
                 b_key_grad, b_value_grad, begin, end, b_key, b_value, p_query, p_grad, p_slopes, p_base, p_offset,
