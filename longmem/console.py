@@ -108,9 +108,13 @@ def load_run(run: Path, device: str, backbone: str | None = None, **changes: Any
         changes: see `LongMem.from_pretrained`; None changes nothing.
     """
     saved = read_run(run)
-    name = backbone or find_backbone(saved["backbone"], saved.get("backbone_place", {}), run)
-    frozen, tokenizer = load_named(name, choose_device(device))
+    with naming(f"longmem model: {run / CONFIG}"):
+        config = LongMemConfig.from_dict(saved["config"])
     changes = {name: value for name, value in changes.items() if value is not None}
+    LongMemConfig.from_dict(config.to_dict() | changes)  # refused before a backbone is loaded
+    if backbone is None:
+        backbone = find_backbone(saved["backbone"], saved.get("backbone_place", {}), run)
+    frozen, tokenizer = load_named(backbone, choose_device(device))
     with doing(f"loading the run {run}"):
         return LongMem.from_pretrained(run, frozen, **changes), tokenizer
 
@@ -155,7 +159,8 @@ def load_documents(
         note(f"and {len(skipped) - SHOW_SKIPPED:,} more")
     left_out = sum(item.count for item in skipped)
     of = f" of {len(tokens) + left_out:,}" if left_out else ""
-    note(f"{split}: {len(tokens):,} documents{of}, {sum(map(len, tokens)):,} tokens")
+    what = "texts" if split == "all" else split
+    note(f"{what}: {len(tokens):,} document{'s' * (len(tokens) != 1)}{of}, {sum(map(len, tokens)):,} tokens")
     return tokens
 
 
@@ -232,16 +237,13 @@ def train_with_bar(trainer: Trainer) -> dict[str, float]:
 
 
 def fitting_rows(rows: int | None, documents: int, processes: int = 1) -> int:
-    """Documents that are read side by side in each process: `rows`, or by default no more than there are. Says so."""
-    each = max(1, documents // processes)
-    if rows is None:
-        fitting = min(TrainConfig.rows, each)
-        if fitting < TrainConfig.rows:
-            note(f"rows: {fitting} instead of {TrainConfig.rows}, one for each document")
-        return fitting
-    if rows > each:
-        note(f"rows: {rows} for {each} documents: some are read by several rows at once, at the cost of each")
-    return rows
+    """Documents that are read side by side in each process: `rows`, or by default no more than there are, saying so."""
+    if rows is not None:
+        return rows  # `SegmentStream` warns of too many
+    fitting = min(TrainConfig.rows, max(1, documents // processes))
+    if fitting < TrainConfig.rows:
+        note(f"rows: {fitting} instead of {TrainConfig.rows}, one for each document")
+    return fitting
 
 
 def remember_with_bar(model: LongMem, documents: Sequence[torch.Tensor], memory: MemoryBank) -> None:
@@ -308,8 +310,8 @@ def evaluate_with_bar(
         )
 
 
-def save_report(report: PerplexityReport, folder: Path, title: str, **about: Any) -> dict[str, Any]:
-    """Write perplexity.json and perplexity.png. Returns what the first holds: the scores, and `about`."""
+def report_content(report: PerplexityReport, **about: Any) -> dict[str, Any]:
+    """What perplexity.json holds: the scores, and `about`."""
     scores = {
         name: {"perplexity": score.perplexity, "nats": asdict(score), "vs_backbone": asdict(gain)}
         for name, score, gain in report.rows()
@@ -317,11 +319,14 @@ def save_report(report: PerplexityReport, folder: Path, title: str, **about: Any
     differences = {
         f"memory - {other}": asdict(report.difference("memory", other)) for other in ("empty memory", "other memory")
     }
-    content = {"tokens": report.tokens, "scores": scores, "differences": differences, **about}
+    return {"tokens": report.tokens, "scores": scores, "differences": differences, **about}
+
+
+def save_report(report: PerplexityReport, content: dict[str, Any], folder: Path, title: str) -> None:
+    """Write perplexity.json, of the `content`, and perplexity.png."""
     write_json(folder / "perplexity.json", content)
     plot_perplexity(report, folder / "perplexity.png", f"{title}; {report.tokens:,} held-out tokens")
     note(f"wrote {folder}/perplexity.json and {folder}/perplexity.png")
-    return content
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -329,8 +334,8 @@ def write_json(path: Path, content: Any) -> None:
     save_text(path, json_text(content) + "\n")
 
 
-def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) -> tuple[RecallReport, dict[str, Any]]:
-    """Run the task; write recall.json and recall.png. Returns the report and what recall.json holds."""
+def recall_with_bar(config: RecallConfig, device: torch.device) -> tuple[RecallReport, dict[str, Any]]:
+    """Run the task. Returns the report and what recall.json holds."""
     began = time.perf_counter()
     first, total = next(iter(config.stages())), sum(config.stages().values())
     spared = config.stages()[first]  # steps that the first stage turned out not to need
@@ -347,17 +352,20 @@ def recall_with_bar(config: RecallConfig, device: torch.device, folder: Path) ->
             bar.update()
 
         found = run_recall(config, device, report)
-    content = found.as_dict() | {
+    return found, found.as_dict() | {
         "config": asdict(config),
         "seconds": time.perf_counter() - began,
         "device": device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def save_recall(report: RecallReport, content: dict[str, Any], folder: Path, capacity: int) -> None:
+    """Write recall.json, of the `content`, and recall.png; `capacity`: tokens of memory."""
     write_json(folder / "recall.json", content)
-    plot_recall(found, folder / "recall.png", f"Associative recall, {config.capacity:,} tokens of memory")
+    plot_recall(report, folder / "recall.png", f"Associative recall, {capacity:,} tokens of memory")
     note(f"wrote {folder}/recall.json and {folder}/recall.png")
-    return found, content
 
 
 def probe_with_bars(
@@ -367,7 +375,7 @@ def probe_with_bars(
     held_out: list[torch.Tensor],
     plan: ProbePlan,
 ) -> tuple[ProbeReport, dict[str, Any]]:
-    """Probe the layers; write probe.json. Returns the report and what probe.json holds."""
+    """Probe the layers. Returns the report and what probe.json holds."""
     tokens = sum(map(len, [*training, *held_out]))
     segments = min((len(document) - 1) // plan.config.segment for document in held_out) * len(held_out)
     steps = len(candidates) * (plan.train.steps + segments)
@@ -382,7 +390,4 @@ def probe_with_bars(
 
         report = probe_layers(backbone, candidates, training, held_out, plan, encoded=encoding.update, progress=told)
     about = {"backbone": backbone.name, "train": asdict(plan.train), "config": plan.config.to_dict()}
-    content = report.as_dict() | about
-    write_json(plan.folder / "probe.json", content)
-    note(f"wrote {plan.folder}/probe.json")
-    return report, content
+    return report, report.as_dict() | about

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .model import LongMem
 
 
+# What is beyond overflows logits.
+MIN_PENALTY, MAX_PENALTY = 1e-3, 1e3
+
+
 class SegmentDecoder:
     """Feeds tokens a few at a time. A row's segment that is full goes to memory, and its local context starts anew.
 
@@ -120,8 +124,9 @@ class Sampler:
             raise ValueError(
                 f"generate: wanted temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}"
             )
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"generate: repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if not MIN_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
+            wanted = f"lie in [{MIN_PENALTY}, {MAX_PENALTY}]"
+            raise ValueError(f"generate: repetition_penalty must {wanted}, got {self.repetition_penalty}")
 
     def __call__(self, logits: Tensor, history: History) -> Tensor:
         """Next tokens [B] from logits [B, vocabulary]."""
@@ -132,11 +137,16 @@ class Sampler:
             logits = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))(history.unpadded, logits)
         if self.logits_processor is not None:
             logits = self.logits_processor(history.ids, logits)
+        # Minus infinity is what a processor forbids tokens by.
+        if not bool(logits.amax(-1).isfinite().all()):
+            of = "the model" if self.logits_processor is None else "the model or of logits_processor"
+            raise FloatingPointError(f"generate: the logits of {of} are not finite: no token can be chosen by them")
         if self.temperature == 0:
             return logits.argmax(-1)
         from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-        logits = logits.float() / self.temperature
+        # Below 1e-30 logits would overflow, and the likeliest token has all the probability already.
+        logits = logits.float() / max(self.temperature, 1e-30)
         if self.top_k:
             logits = TopKLogitsWarper(self.top_k)(history.ids, logits)
         probability = TopPLogitsWarper(self.top_p)(history.ids, logits).softmax(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from longmem_kernels._checks import Sizes, check_device, check_dtype, check_integer, check_truth
 
-from .backbones.base import Backbone, States
+from .backbones.base import Backbone, States, check_backbone
 from .backbones.fingerprint import difference
 from .backbones.layers import Positions
 from .backbones.load import find_backbone, load_backbone, place_of
@@ -60,11 +60,7 @@ class LongMem(nn.Module):
 
     def __init__(self, backbone: Backbone, config: LongMemConfig) -> None:
         super().__init__()
-        if not isinstance(backbone, Backbone):
-            raise TypeError(
-                f"LongMem: backbone must be a Backbone, got {type(backbone).__name__}; a transformers model becomes one"
-                " by huggingface_backbone(model)"
-            )
+        check_backbone("LongMem", backbone)
         if not isinstance(config, LongMemConfig):
             raise TypeError(f"LongMem: config must be a LongMemConfig, got {type(config).__name__}")
         config.check(len(backbone.layers), backbone.max_segment)
@@ -152,6 +148,7 @@ class LongMem(nn.Module):
         logits = self.logits(self.sidenet(states, memory, shares=shares))
         loss = None
         if targets is not None:
+            _check_targets(targets, logits.shape[-1])
             # In float32, and defined (zero) when every target is ignored.
             total = F.cross_entropy(
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
@@ -272,7 +269,7 @@ class LongMem(nn.Module):
             top_p: samples from the smallest set of tokens whose probability reaches it.
             top_k: samples from so many most likely tokens; 0: from all.
             repetition_penalty: divides the positive and multiplies the negative logits of tokens that the row has had
-                already (Keskar et al. 2019); 1 changes nothing.
+                already (Keskar et al. 2019), 0.001 to 1,000; 1 changes nothing.
             logits_processor: `(ids [B, n + generated], logits [B, vocabulary]) -> logits`, after the penalty and before
                 the temperature: a `LogitsProcessorList` of `transformers`, or one processor.
             stopping_criteria: `(ids, logits) -> bool [B]`, asked after every token: rows that are done. A
@@ -280,6 +277,7 @@ class LongMem(nn.Module):
 
         Raises:
             ValueError: options out of range, or tokens that do not fit the model.
+            FloatingPointError: the logits of a step hold not-a-number or infinity.
         """
         max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, 0)
         sizes = Sizes("generate")
@@ -319,6 +317,8 @@ class LongMem(nn.Module):
                 f"LongMem.from_pretrained: of the configuration {', '.join(sorted(_CHANGEABLE))} may be changed, got"
                 f" {', '.join(sorted(fixed))}"
             )
+        if backbone is not None:
+            check_backbone("LongMem.from_pretrained", backbone)
         file = Path(folder) / _WEIGHTS
         weights, about = load_tensors(file, _KIND, header=ABOUT)
         if backbone is None:
@@ -340,6 +340,8 @@ class LongMem(nn.Module):
                 f" {backbone.name!r}: {reason}"
             )
         check_tensors(f"{_KIND}: {file}", weights, model.trainable(), any_float=True)
+        if wrong := [name for name in weights if not bool(weights[name].isfinite().all())]:
+            raise ValueError(f"{_KIND}: {file}: {len(wrong)} weights are not finite, among them {wrong[0]}")
         model.sidenet.load_state_dict(weights, strict=False)
         return model
 
@@ -375,8 +377,30 @@ class LongMem(nn.Module):
             )
         if memory is None:
             return
+        _check_memory("LongMem", memory)
         if reason := difference(memory.fingerprint, self.fingerprint):
             raise ValueError(f"LongMem: the memory was made by another model: {reason}")
         if tokens.shape[0] != (memory.rows if rows is None else rows):
             wanted = f"the memory's {memory.rows}" if rows is None else f"the {rows} named"
             raise ValueError(f"LongMem: tokens must have {wanted} rows, got {tuple(tokens.shape)}")
+
+
+def _check_ids(where: str, tokens: Any, wanted: str = "tokens [B, n]") -> None:
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        more = '; what a tokenizer returns holds them as ["input_ids"]' if isinstance(tokens, Mapping) else ""
+        raise ValueError(f"{where}: wanted {wanted}, got {got}{more}")
+
+
+def _check_memory(where: str, memory: Any) -> None:
+    if not isinstance(memory, MemoryBank):
+        raise TypeError(f"{where}: memory must be one that new_memory made, got {type(memory).__name__}")
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    if targets.dtype != torch.int64:
+        raise ValueError(f"LongMem: targets must be int64, got {targets.dtype}")
+    if targets.device.type == "cpu":  # elsewhere, reading values waits for the device
+        wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= vocabulary))]
+        if len(wrong):
+            raise ValueError(f"LongMem: targets must lie in [0, {vocabulary}) or be {IGNORE}, got {int(wrong[0])}")

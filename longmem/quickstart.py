@@ -23,6 +23,7 @@ from .console import (
     evaluate_with_bar,
     fitting_rows,
     load_documents,
+    report_content,
     save_report,
     train_with_bar,
 )
@@ -67,7 +68,11 @@ def _run(out: Path, data: list[str] | None, steps: int, target: torch.device) ->
         test_states.fill(bar.update)
     report = evaluate_with_bar(model, test, test_states, SCORE_FROM, "auto")
     texts = "Shakespeare's plays" if data is None else ", ".join(data)
-    save_report(report, out, f"SmolLM2-135M on {texts}, local context {model.config.segment} tokens, {steps} steps")
+    title = f"SmolLM2-135M on {texts}, local context {model.config.segment} tokens, {steps} steps"
+    try:
+        save_report(report, report_content(report), out, title)
+    finally:  # what was measured is shown, kept or not
+        print(f"\n{report.table()}\n", flush=True)
 
     print(f"\n{report.table()}\n", flush=True)
     note(f"plot: {out}/perplexity.png; metrics: {out}/metrics.jsonl")

@@ -147,6 +147,16 @@ class NewText:
             self._ids, self._text, self._shown = ids, text, len(text) - len(left)
 
 
+def check_request(prompt: str, stop: Sequence[str] = ()) -> None:
+    """Raises ValueError where `generate_text` refuses these whatever the model is."""
+    if "" in stop:
+        raise ValueError("generate_text: a stop string must not be empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # a command line of other bytes
+        raise ValueError(f"generate_text: the prompt is not UTF-8, from character {error.start} on") from None
+
+
 def generate_text(
     model: LongMem,
     tokenizer: Any,
@@ -170,12 +180,7 @@ def generate_text(
         ValueError: a prompt without a token or that is not UTF-8, an empty `stop`, or options that `LongMem.generate`
             refuses.
     """
-    if "" in stop:
-        raise ValueError("generate_text: a stop string must not be empty")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # a command line of other bytes
-        raise ValueError(f"generate_text: the prompt is not UTF-8, from character {error.start} on") from None
+    check_request(prompt, stop)
     opening = opening_tokens(tokenizer) if model.config.special_tokens == "auto" else []
     plain = _ids(tokenizer, prompt, add_special_tokens=False)
     ids = opened(plain, opening)

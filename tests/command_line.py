@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,11 +62,14 @@ def bench(*arguments: str | Path) -> int:
 def _run(main: Callable[[], None], *words: str | Path) -> int:
     # The allocator of this process stays as it is as well: a command leaves it alone where the environment sets it.
     settings = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
+    interrupted = signal.getsignal(signal.SIGINT)
     with patch.dict(os.environ, settings), patch.object(sys, "argv", [*map(str, words)]):
         try:
             main()
         except SystemExit as stop:
             return int(stop.code or 0)
+        finally:
+            signal.signal(signal.SIGINT, interrupted)  # a command leaves it to the end of its process
     return 0
 
 

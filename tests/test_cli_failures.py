@@ -21,6 +21,7 @@ import pytest
 import torch
 import typer
 from command_line import SMALL, backbone, bench, run, texts, train
+from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.models import OptionInfo
 
@@ -71,6 +72,8 @@ def wrong_values(option: Option) -> list[str]:
         return ["nosuch", ""]
     if float in option.kinds:
         return ["nan", "inf", "-inf", "-1", "much"]
+    if Path in option.kinds and option.name.startswith("--"):
+        return [""]
     return ["-1", "1.5", "nan", "many"] if int in option.kinds else []
 
 
@@ -268,7 +271,8 @@ def test_what_needs_no_model_is_checked_before_one_is_loaded(
     file, out, run_folder = tmp_path / "file", tmp_path / "out", tmp_path / "trained"
     file.write_text("")
     run_folder.mkdir()
-    (run_folder / "config.json").write_text('{"backbone": "x", "config": {"segment": 16}, "fingerprint": "x"}')
+    about = {"backbone": "x", "config": {"segment": 16, "memory_layers": [1]}, "fingerprint": "x"}
+    (run_folder / "config.json").write_text(json.dumps(about))
     trained = ["--run", run_folder]
     wrong: list[tuple[list[Any], str]] = [
         (["train", "--data", "/nope", "--out", out], "no file or folder /nope"),
@@ -276,6 +280,8 @@ def test_what_needs_no_model_is_checked_before_one_is_loaded(
         (["train", "--data", texts, "--out", file / "below"], f"{file} is a file"),
         (["train", "--data", texts, "--out", out, "--memory-tokens", "1002"], "memory_tokens"),
         (["train", "--data", texts, "--out", out, "--trainable", "all"], "needs a SideNet"),
+        (["train", "--data", texts, "--out", out, "--document-tokens", "256"], "must be more than --segment 256"),
+        (["train", "--data", texts, "--out", out, "--shard-memory"], "needs several processes: torchrun"),
         (["probe-layers", "--data", "/nope", "--out", out], "no file or folder /nope"),
         (["probe-layers", "--data", texts, "--out", out, "--score-from", "9000"], "--document-tokens must be at least"),
         (["eval", "--run", tmp_path / "none", "--data", texts], "no trained LongMem in"),
@@ -283,7 +289,12 @@ def test_what_needs_no_model_is_checked_before_one_is_loaded(
         (["eval", *trained, "--data", "/nope"], "no file or folder /nope"),
         (["eval", *trained, "--data", texts, "--out", file], "cannot be a folder"),
         (["eval", *trained, "--data", texts, "--document-tokens", "99"], "nothing would be scored"),
+        (["eval", *trained, "--data", texts, "--full-context", "63"], "at least four segments, 64, got 63"),
+        (["eval", *trained, "--data", texts, "--memory-tokens", "3"], "memory_tokens must be a multiple"),
         (["generate", *trained, "--prompt", "w1", "--remember", "/nope"], "no file or folder /nope"),
+        (["generate", *trained, "--prompt", "w1", "--memory-tokens", "3"], "memory_tokens must be a multiple"),
+        (["generate", *trained, "--prompt", "w1", "--stop", ""], "a stop string must not be empty"),
+        (["generate", *trained, "--prompt", "w\udcff"], "the prompt is not UTF-8, from character 1 on"),
         (["recall", "--out", file], "cannot be a folder"),
         (["quickstart", "--data", "/nope"], "no file or folder /nope"),
         (["quickstart", "--out", file], "cannot be a folder"),
@@ -319,7 +330,10 @@ def test_weights_of_another_kind_are_named(
     weights = tmp_path / "run" / "longmem.safetensors"
     whole = weights.read_bytes()
     capsys.readouterr()
-    for damaged in (b"", whole[:40], whole[:-9], b"\x00" * 64):
+    with safe_open(weights, framework="pt") as file:
+        wrong = {name: file.get_tensor(name) / 0 for name in file.keys()}  # noqa: SIM118
+        save_file(wrong, tmp_path / "not finite", file.metadata())
+    for damaged in (b"", whole[:40], whole[:-9], b"\x00" * 64, (tmp_path / "not finite").read_bytes()):
         weights.write_bytes(damaged)
         assert run("generate", "--run", tmp_path / "run", "--prompt", "w1") == 1
         shown = capsys.readouterr().err
@@ -384,7 +398,7 @@ def test_rows_are_no_more_than_documents_unless_asked_for(
     assert json.loads(shown.out)["metrics"]["tokens"] == 16
     assert run(*arguments, "--out", tmp_path / "two", "--rows", "2") == 0
     shown = capsys.readouterr()
-    assert "rows: 2 for 1 documents: some are read by several rows at once" in shown.err
+    assert shown.err.count("side by side") == 1 and "warning: SegmentStream: 2 rows over 1 document" in shown.err
     assert json.loads(shown.out)["metrics"]["tokens"] == 32
 
 

@@ -230,6 +230,23 @@ def test_top_k_keeps_the_likeliest() -> None:
     assert kept == [{0}, {0, 1}, {0, 1, 2, 3}, {0, 1, 2, 3}]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(temperature: float, wrong: float) -> None:
+    history = History(torch.zeros(1, 1, dtype=torch.int64), None)
+    with pytest.raises(FloatingPointError, match="the logits of the model are not finite"):
+        Sampler(temperature)(torch.tensor([[0.0, wrong, 1.0]]), history)
+
+
+def test_extreme_options_choose_the_likeliest_or_evenly() -> None:
+    logits = torch.tensor([[-50.0, 80.0, 79.9]]).expand(500, 3)
+    history = History(torch.zeros(500, 1, dtype=torch.int64), None)
+    assert set(Sampler(1e-320)(logits, history).tolist()) == {1}
+    assert set(Sampler(1e300)(logits, history).tolist()) == {0, 1, 2}
+    for penalty in (1e-3, 1e3):
+        Sampler(1.0, repetition_penalty=penalty)(logits, history)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -239,7 +256,7 @@ def test_top_k_keeps_the_likeliest() -> None:
         ({"repetition_penalty": float("inf")}, "repetition_penalty must be finite, got inf"),
         ({"top_k": -1}, "top_k must be an integer of at least 0, got -1"),
         ({"top_p": 1.5}, "temperature >= 0 and 0 < top_p <= 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, got 0.0"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must lie in \[0.001, 1000.0\], got 0.0"),
         ({"mask": torch.tensor([[1, 1, 0]])}, "padding must be on the left"),
         ({"mask": torch.zeros(1, 3)}, "padding must be on the left, and every row must hold a token"),
         ({"mask": torch.ones(1, 4)}, r"mask must have the shape of tokens, \(1, 3\), got \(1, 4\)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from models import FAMILIES, VOCABULARY, tiny_backbone, tiny_huggingface, tiny_longmem
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from longmem import LongMem, LongMemConfig
+from longmem import LongMem, LongMemConfig, default_memory_layers, huggingface_backbone
 from longmem.backbones.load import load_backbone
 from longmem.files import load_tensors, save_tensors
 
@@ -327,3 +328,50 @@ def test_targets_that_do_not_fit_are_named() -> None:
     model = tiny_longmem()
     with pytest.raises(ValueError, match=r"targets must have the shape of tokens, \(1, 5\), got \(1, 4\)"):
         model(tokens(1, 5), targets=tokens(1, 4))
+
+
+NOT_TOKENS: dict[str, Any] = {
+    "list": [[1, 2]],
+    "one row without its dimension": torch.zeros(4, dtype=torch.int64),
+    "what a tokenizer returns": BatchEncoding({"input_ids": torch.zeros(1, 4, dtype=torch.int64)}),
+    "text": "It was",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_TOKENS)
+def test_what_is_no_tensor_of_tokens_is_refused_everywhere(kind: str) -> None:
+    model, wrong = tiny_longmem(), NOT_TOKENS[kind]
+    memory = model.new_memory(1)
+    calls: list[Callable[[], object]] = [
+        lambda: model(wrong, memory),
+        lambda: model.remember(wrong, memory),
+        lambda: model.generate(wrong, memory, max_new_tokens=1),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"wanted tokens \[[BR], n\]") as caught:
+            call()
+        assert ('["input_ids"]' in str(caught.value)) == isinstance(wrong, BatchEncoding)
+
+
+def test_what_is_no_memory_backbone_or_target_is_refused(tmp_path: Path) -> None:
+    model = tiny_longmem()
+    ids = tokens(1, 4)
+    model.save_pretrained(tmp_path)
+    wrong: list[tuple[Callable[[], object], str]] = [
+        (lambda: model(ids, "memory"), "memory must be one that new_memory made, got str"),
+        (lambda: model.remember(ids, None), "remember: memory must be one that new_memory made, got NoneType"),
+        (lambda: model.generate(ids, {}, max_new_tokens=1), "memory must be one that new_memory made, got dict"),
+        (lambda: LongMem.from_pretrained(tmp_path, "name"), "backbone must be a Backbone, got str"),
+        (lambda: default_memory_layers("name"), "backbone must be a Backbone, got str"),
+        (lambda: huggingface_backbone("name"), "wanted a transformers model"),
+        (lambda: model(ids, targets=ids.float()), "targets must be int64, got torch.float32"),
+        (lambda: model(ids, targets=ids + 10**6), r"targets must lie in \[0, \d+\) or be -100, got 1000"),
+        (lambda: model(ids, targets=-ids - 1), r"targets must lie in \[0, \d+\) or be -100, got -"),
+        (lambda: model.generate(ids, max_new_tokens=2.5), "max_new_tokens >= 0, got"),
+        (lambda: model.generate(ids, max_new_tokens=1, eos="x"), "eos must be a token id or several, got 'x'"),
+        (lambda: model.generate(ids, max_new_tokens=1, temperature="1"), "temperature must be a number, got '1'"),
+        (lambda: model.generate(ids, max_new_tokens=1, top_k=1.5), "top_k must be 0"),
+    ]
+    for call, words in wrong:
+        with pytest.raises((TypeError, ValueError), match=words):
+            call()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longmem import LongMem
-from longmem.console import recall_with_bar
+from longmem.console import recall_with_bar, save_recall
 from longmem.tasks.recall import (
     QUICK,
     RecallConfig,
@@ -92,7 +92,7 @@ def test_a_broken_memory_shows(fault: str, trained: tuple[LongMem, float], monke
 
 
 def test_the_bar_ends_at_its_total_though_the_first_stage_ends_early(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = {1024: torch.tensor([1.0, 0.5]).double()}
     report = RecallReport(dict.fromkeys(("memory", "empty memory", "other memory"), row), 0.0625, 0.99, 24)
@@ -104,7 +104,7 @@ def test_the_bar_ends_at_its_total_though_the_first_stage_ends_early(
         return report
 
     monkeypatch.setattr("longmem.console.run_recall", early)
-    recall_with_bar(CONFIG, torch.device("cpu"), tmp_path)
+    recall_with_bar(CONFIG, torch.device("cpu"))
     last = 7 + sum(steps for stage, steps in CONFIG.stages().items() if stage != "pretrain")
     assert f"{last}/{last} [" in capsys.readouterr().err
 
@@ -113,8 +113,9 @@ def test_the_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     row = {1024: torch.tensor([1.0, 0.5]).double(), 4096: torch.tensor([1.0, 1.0]).double()}
     report = RecallReport(dict.fromkeys(("memory", "empty memory", "other memory"), row), 0.0625, 0.99, 24)
     monkeypatch.setattr("longmem.console.run_recall", lambda *_: report)
-    found, _ = recall_with_bar(CONFIG, torch.device("cpu"), tmp_path)
+    found, content = recall_with_bar(CONFIG, torch.device("cpu"))
     assert found is report
+    save_recall(found, content, tmp_path, CONFIG.capacity)
     content = json.loads((tmp_path / "recall.json").read_text())
     assert content["accuracy"]["memory"]["1024"]["accuracy"] == 0.75 and content["config"]["keys"] == CONFIG.keys
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")

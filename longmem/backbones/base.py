@@ -207,3 +207,12 @@ class Backbone(nn.Module):
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"Backbone: tokens must be ids in [0, {self.vocab_size}), got {low} to {high}")
+
+
+def check_backbone(where: str, backbone: Any) -> None:
+    """Raises TypeError, naming `where`, where it is no Backbone."""
+    if not isinstance(backbone, Backbone):
+        raise TypeError(
+            f"{where}: backbone must be a Backbone, got {type(backbone).__name__}; a transformers model becomes one by"
+            " huggingface_backbone(model)"
+        )

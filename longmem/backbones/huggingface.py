@@ -27,7 +27,13 @@ def huggingface_backbone(model: Any, name: str | None = None) -> Backbone:
     Raises:
         ValueError: the architecture, or an option of it, is not supported; with the reason, and the list of those that
             are.
+        TypeError: `model` is none of transformers.
     """
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise TypeError(
+            "huggingface_backbone: wanted a transformers model, as AutoModelForCausalLM.from_pretrained(name) gives it,"
+            f" got {type(model).__name__}"
+        )
     config = model.config
     family = FAMILIES.get(config.model_type)
     reason = f"model type {config.model_type!r} is not among them" if family is None else _why_not(config)

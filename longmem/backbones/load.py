@@ -10,7 +10,7 @@ import torch
 
 from longmem.config import sidenet_source
 
-from .base import Backbone
+from .base import Backbone, check_backbone
 from .huggingface import huggingface_backbone
 
 # What helped most where it was measured (docs/experiments.md); elsewhere the same share of the depth.
@@ -29,6 +29,8 @@ def load_backbone(name: str, device: str | torch.device = "cpu") -> tuple[Backbo
             or several.
         OSError: there is no such model (from `transformers`).
     """
+    if not name:
+        raise ValueError("load_backbone: wanted the name of a backbone, got an empty one")
     path = Path(name).expanduser()
     if name == "smollm2":
         from .smollm2 import load_smollm2
@@ -104,6 +106,7 @@ def find_backbone(name: str, place: Any, run: Path) -> str:
 def default_memory_layers(backbone: Backbone, sidenet: str = "none", reduction: int = 2) -> tuple[int, ...]:
     """All layers from a third to five sixths of the depth: the more read memory, the more it is worth. With a SideNet,
     those of them that its layers are copies of: each reads the keys that its queries were made for."""
+    check_backbone("default_memory_layers", backbone)
     depth = len(backbone.layers)
     middle = MEASURED_MEMORY_LAYERS.get(backbone.name, range(depth // 3, max(depth * 5 // 6, depth // 3 + 1)))
     if sidenet == "none" or not 1 <= reduction <= depth:

@@ -20,10 +20,10 @@ def main() -> None:
 
     Every error ends here, in words (`failures.explained`); LONGMEM_TRACEBACK=1 shows the traceback as well.
     """
-    with prepared_process():
+    with prepared_process() as signals:
         if sys.argv[1:2] in _LOOPS:
             reuse_memory()
-        sys.exit(explained(_run))
+        sys.exit(explained(_run, signals.disarm))
 
 
 def _run() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,20 @@ from longmem.console import (
     read_run,
     recall_with_bar,
     remember_with_bar,
+    report_content,
+    save_recall,
     save_report,
     show_text,
     split_documents,
     train_with_bar,
+    write_json,
 )
 from longmem.data.stream import SegmentStream
 from longmem.evaluate.probe import ProbePlan, default_candidates
 from longmem.model import LongMem
 from longmem.states import StateCache, encode_now
 from longmem.tasks.recall import QUICK, RecallConfig
-from longmem.text import generate_text, sampling_options, stop_tokens
+from longmem.text import check_request, generate_text, sampling_options, stop_tokens
 from longmem.training.config import TrainConfig
 from longmem.training.processes import process_group, quiet
 from longmem.training.trainer import Trainer
@@ -66,6 +69,13 @@ def train(
     check_sources(data)
     check_folder(out)
     segment, special_tokens = memory["segment"], memory["special_tokens"]
+    if document_tokens is not None and document_tokens <= segment:
+        raise ValueError(
+            f"--document-tokens must be more than --segment {segment}, got {document_tokens}: memory would be empty"
+            " whenever it is read"
+        )
+    if config.shard_memory and "RANK" not in os.environ:
+        raise ValueError("--shard-memory needs several processes: torchrun --nproc-per-node N -m longmem train ...")
     target = choose_device(device)
     with (
         doing("training", lambda: kept_of_training(out)),
@@ -121,8 +131,7 @@ def probe(
     segment = memory["segment"]
     _check_scored(score_from, segment, document_tokens)
     shortest = score_from + segment + 1
-    kept = f"kept: what is finished in {out}; the same command goes on from there"
-    with results(json) as show, doing("probing layers", lambda: kept):
+    with results(json) as show, doing("probing layers", lambda: _kept_files(out, "what is finished")):
         frozen, tokenizer = load_named(backbone, choose_device(device))
         candidates = sorted(set(layers)) if layers else default_candidates(len(frozen.layers))
         training, measured = split_documents(
@@ -134,7 +143,10 @@ def probe(
         measured = [tokens[: document_tokens + 1] for tokens in measured]
         plan = ProbePlan(LongMemConfig(memory_layers=(candidates[0],), **memory), config, score_from, out)
         report, content = probe_with_bars(frozen, candidates, training, measured, plan)
-        show(f"{report.table()}\n{report.verdict()}", content)
+        try:
+            write_json(out / "probe.json", content)
+        finally:  # what was measured is shown, kept or not
+            show(f"{report.table()}\n{report.verdict()}", content)
 
 
 def evaluate(
@@ -156,11 +168,11 @@ def evaluate(
 ) -> None:
     """Measure held-out perplexity; the arguments are the options' values."""
     trained = LongMemConfig.from_dict(read_run(run)["config"])
-    _check_scored(score_from, segment or trained.segment, document_tokens)
+    _check_scored(score_from, segment or trained.segment, document_tokens, full_context)
     check_sources(data)
     folder = out or run / "eval"
     check_folder(folder)
-    with results(json) as show, doing("evaluating", _kept_states(folder, cache_states)):
+    with results(json) as show, doing("evaluating", lambda: _kept_files(folder / "states", "states encoded so far")):
         model, tokenizer = load_run(
             run, device, backbone, memory_tokens=memory_tokens, segment=segment, special_tokens=special_tokens
         )
@@ -176,14 +188,18 @@ def evaluate(
         cache = StateCache(model, documents, folder / "states", precision=precision) if cache_states else None
         report = evaluate_with_bar(model, documents, cache or encode_now(model), score_from, precision, full_context)
         about = {"data": data, "score_from": score_from, "full_context": full_context, "model": model.config.to_dict()}
-        content = save_report(report, folder, f"{model.backbone.name}, {', '.join(data)}", **about)
-        show(report.table(), content)
+        content = report_content(report, **about)
+        try:
+            save_report(report, content, folder, f"{model.backbone.name}, {', '.join(data)}")
+        finally:
+            show(report.table(), content)
 
 
-def _kept_states(folder: Path, cached: bool) -> Callable[[], str]:
-    if cached:
-        return lambda: f"kept: states encoded so far, in {folder / 'states'}; the same command goes on from there"
-    return lambda: "nothing was kept (--cache-states keeps what is encoded)"
+def _kept_files(folder: Path, what: str) -> str:
+    """What a command that ended early has kept, where it has kept any file in `folder`."""
+    if any(path.is_file() and path.suffix != ".part" for path in folder.rglob("*")):
+        return f"kept: {what}, in {folder}; the same command goes on from there"
+    return "nothing was kept"
 
 
 def generate(
@@ -208,17 +224,14 @@ def generate(
     """Continue a prompt; the arguments are the options' values."""
     read_run(run)
     check_sources(remember or [])
+    check_request(prompt, stop or ())
     with results(json) as show, doing("generating"):
         model, tokenizer = load_run(run, device, backbone, memory_tokens=memory_tokens, special_tokens=special_tokens)
         memory = model.new_memory(rows=1)
-        own = model.config.special_tokens
-        texts = load_documents(remember, "train", tokenizer, min_tokens=1, special_tokens=own) if remember else []
-        remember_with_bar(model, texts, memory)
-        remembered = memory.stats()
         given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty}
         options = {"temperature": TEMPERATURE, "top_p": TOP_P}
         options |= sampling_options(model.backbone.generation_config, **given)
-        pieces = generate_text(
+        pieces = generate_text(  # refuses here what is wrong, and begins when the first piece is asked for
             model,
             tokenizer,
             prompt,
@@ -229,6 +242,10 @@ def generate(
             generator=torch.Generator(model.backbone.device).manual_seed(seed),
             **options,
         )
+        own = model.config.special_tokens
+        texts = load_documents(remember, "all", tokenizer, min_tokens=1, special_tokens=own) if remember else []
+        remember_with_bar(model, texts, memory)
+        remembered = memory.stats()
         if not json:
             show_text(prompt, pieces)
             return
@@ -241,8 +258,12 @@ def recall(*, out: Path, quick: bool, seed: int, device: str, json: bool) -> Non
     check_folder(out)
     more: dict[str, Any] = QUICK if quick else {}
     with results(json) as show, doing("running the recall task", lambda: "nothing was kept"):
-        report, content = recall_with_bar(RecallConfig(seed=seed, **more), choose_device(device), out)
-        show(report.table(), content)
+        config = RecallConfig(seed=seed, **more)
+        report, content = recall_with_bar(config, choose_device(device))
+        try:
+            save_recall(report, content, out, config.capacity)
+        finally:
+            show(report.table(), content)
 
 
 def _check_memory(memory: dict[str, Any]) -> None:
@@ -251,10 +272,12 @@ def _check_memory(memory: dict[str, Any]) -> None:
     LongMemConfig(**memory | {"memory_layers": layers}).check(_ANY_DEPTH)
 
 
-def _check_scored(score_from: int, segment: int, document_tokens: int) -> None:
+def _check_scored(score_from: int, segment: int, document_tokens: int, full_context: int | None = None) -> None:
     first = score_from // segment * segment
     if document_tokens < first + segment:
         raise ValueError(
             f"--document-tokens must be at least {first + segment}, one segment more than --score-from, got"
             f" {document_tokens}: nothing would be scored"
         )
+    if full_context is not None and full_context < 4 * segment:
+        raise ValueError(f"--full-context must be at least four segments, {4 * segment}, got {full_context}")

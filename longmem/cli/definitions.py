@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -23,6 +24,17 @@ def finite(
         return value
 
     return check
+
+
+def _path(text: str | Path) -> Path:
+    """An empty path, out of a variable that is not set, would be the working directory."""
+    if not str(text):
+        raise typer.BadParameter("wanted a path, got an empty one")
+    return Path(text)
+
+
+def path_option(*names: str, **more: Any) -> Any:
+    return option(*names, parser=_path, metavar="PATH", **more)
 
 
 def option(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:

@@ -59,22 +59,41 @@ def doing(what: str, kept: Callable[[], str] | None = None) -> Iterator[None]:
         raise
 
 
-def explained(work: Callable[[], None]) -> int:
-    """Run a command and return its exit status, with every error printed in words."""
-    code = _explained(work) or _explained(_flush)
+def explained(work: Callable[[], None], ended: Callable[[], None]) -> int:
+    """Run a command and return its exit status, with every error printed in words.
+
+    Args:
+        ended: called when the work has ended; from then on no signal raises anything (`Signals.disarm`).
+    """
+    error: BaseException | None = None
+    try:
+        try:
+            work()
+        except BaseException as raised:
+            error = raised
+        ended()
+    except BaseException as signal:  # it came between the work and its end
+        error = signal
+    code = _explained(error) or _explained(_raised(_flush))
     _drop_unwritten()
     return code
 
 
-def _explained(work: Callable[[], None]) -> int:
+def _raised(work: Callable[[], None]) -> BaseException | None:
     try:
         work()
     except BaseException as error:
-        ending = _ending(error)
-        with contextlib.suppress(Exception):
-            _say(ending, error)
-        return ending.code
-    return 0
+        return error
+    return None
+
+
+def _explained(error: BaseException | None) -> int:
+    if error is None:
+        return 0
+    ending = _ending(error)
+    with contextlib.suppress(Exception):
+        _say(ending, error)
+    return ending.code
 
 
 def _say(ending: Ending, error: BaseException) -> None:
@@ -97,6 +116,7 @@ def _ending(error: BaseException) -> Ending:
         _of_the_user,
         _of_typer,
         _of_memory,
+        _of_swallowed_signals,
         _of_imports,
         _of_the_system,
         _of_the_network,
@@ -128,6 +148,14 @@ def _of_the_user(error: BaseException) -> Ending | None:
             return Ending("", error.code or 0)
         return Ending(str(error.code))
     return None
+
+
+def _of_swallowed_signals(error: BaseException) -> Ending | None:
+    """A signal in the middle of an import, which libraries turn into an ImportError of their own."""
+    if not isinstance(error, ImportError):
+        return None
+    signals = [cause for cause in _chain(error) if isinstance(cause, (KeyboardInterrupt, Stopped))]
+    return _of_the_user(signals[0]) if signals else None
 
 
 def _of_typer(error: BaseException) -> Ending | None:
@@ -215,8 +243,6 @@ _WRITE_FAILED = re.compile(r"No space left on device|PytorchStreamWriter failed|
 def _of_the_system(error: BaseException) -> Ending | None:
     """Files and disks: by the number of the error, wherever in the chain it is."""
     number, path = None, None
-    if _is_ours(error):
-        return None  # it says so itself
     for cause in _chain(error):
         if isinstance(cause, OSError) and cause.errno in _SYSTEM:
             number, path = cause.errno, cause.filename
@@ -233,7 +259,11 @@ def _of_the_system(error: BaseException) -> Ending | None:
     place = f"{os.fsdecode(path)}: " if isinstance(path, (str, bytes)) else ""
     full = number in (errno.ENOSPC, errno.EDQUOT)
     machine = full or number in (errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE)
-    return Ending(f"{place}{_SYSTEM[number]}{_while(error)}{_AGAIN if full else ''}", kept=machine)
+    said = f"{place}{_SYSTEM[number]}{_while(error)}"
+    if _is_ours(error):  # it says what happened, and where
+        whole = isinstance(error, OSError) and error.strerror
+        said = f"{place}{whole}" if whole else str(error)
+    return Ending(f"{said}{_AGAIN if full else ''}", kept=machine)
 
 
 _NETWORK = re.compile(

@@ -11,6 +11,7 @@ from longmem.training.config import Parallel, Reset
 
 from .definitions import finite as _finite
 from .definitions import option as _option
+from .definitions import path_option as _path_option
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -31,14 +32,16 @@ OwnData = Annotated[
     list[str] | None,
     _option("--data", help="Your own files instead of Shakespeare; the last three are held out.", panel=_TEXTS),
 ]
-RunOut = Annotated[Path, _option(help="Run folder; an interrupted run in it is continued.", panel=_TEXTS)]
+RunOut = Annotated[Path, _path_option(help="Run folder; an interrupted run in it is continued.", panel=_TEXTS)]
 ProbeOut = Annotated[
-    Path, _option(help="Where states, runs and probe.json go; what is there is not done again.", panel=_TEXTS)
+    Path, _path_option(help="Where states, runs and probe.json go; what is there is not done again.", panel=_TEXTS)
 ]
-EvalOut = Annotated[Path | None, _option(help="Where JSON and plot go; default RUN/eval.", panel=_TEXTS)]
-RecallOut = Annotated[Path, _option(help="Where JSON and plot go.", panel=_TEXTS)]
-QuickstartOut = Annotated[Path, _option(help="Where everything goes; an interrupted run is continued.", panel=_TEXTS)]
-Run = Annotated[Path, _option(help="Folder of a trained LongMem.", panel=_TEXTS)]
+EvalOut = Annotated[Path | None, _path_option(help="Where JSON and plot go; default RUN/eval.", panel=_TEXTS)]
+RecallOut = Annotated[Path, _path_option(help="Where JSON and plot go.", panel=_TEXTS)]
+QuickstartOut = Annotated[
+    Path, _path_option(help="Where everything goes; an interrupted run is continued.", panel=_TEXTS)
+]
+Run = Annotated[Path, _path_option(help="Folder of a trained LongMem.", panel=_TEXTS)]
 TrainTokens = Annotated[
     int | None, _option("--document-tokens", min=2, help="Cut documents after this many tokens.", panel=_TEXTS)
 ]
@@ -217,7 +220,7 @@ TopK = Annotated[
 RepetitionPenalty = Annotated[
     float | None,
     _option(
-        callback=_finite(above=0),
+        callback=_finite(least=1e-3, most=1e3),
         help=f"Above 1 discourages what was said; 1 is none. {_SAMPLING} 1.",
         panel=_GENERATION,
     ),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from types import FrameType
@@ -17,7 +19,8 @@ from .output import note
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _REUSED, _KEPT = 2**30, 3 * 2**28
 _ALLOCATOR_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
-_SIGNALS = ("SIGTERM", "SIGHUP")
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+_ECHO = 1.0  # seconds: a launcher passes on what the terminal sent already, and people press twice
 
 
 class Stopped(BaseException):
@@ -28,15 +31,56 @@ class Stopped(BaseException):
         self.number = number
 
 
+class Signals:
+    """SIGTERM and SIGHUP raise `Stopped` and SIGINT `KeyboardInterrupt`, once: so that a command ends in words.
+
+    An exception while it ends would leave it with a traceback. So a second signal ends the process at once, as does a
+    first one after `disarm`; one that comes within a second of the first is taken for the same.
+
+    Ignored signals, and those that somebody else handles, stay as they are. Outside of the `with` block signals end the
+    process without a word: Python's own handler of SIGINT would print a traceback, and the process is about to end.
+    """
+
+    def __init__(self) -> None:
+        self._armed = True
+        self._came = -math.inf
+
+    def __enter__(self) -> Signals:
+        self._numbers = []
+        for name in _SIGNALS:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                self._numbers.append(number)
+                signal.signal(number, self._obey)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    def disarm(self) -> None:
+        """The command has ended, and is about to say how."""
+        self._armed = False
+
+    def _obey(self, number: int, _: FrameType | None) -> None:
+        before, self._came = self._came, time.monotonic()
+        if self._armed:
+            self._armed = False
+            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+        if self._came - before > _ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
 @contextlib.contextmanager
-def prepared_process() -> Iterator[None]:
+def prepared_process() -> Iterator[Signals]:
     """Quiet threads for the rest of the process; meanwhile, signals and warnings as a command wants them."""
     quiet_threads()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    with _stopping_signals(), _plain_warnings():
-        yield
+    with Signals() as signals, _plain_warnings():
+        yield signals
 
 
 def quiet_threads() -> None:
@@ -69,25 +113,6 @@ def _is_glibc() -> bool:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
     except (AttributeError, ValueError, OSError):
         return False
-
-
-@contextlib.contextmanager
-def _stopping_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Stopped`, so that a command ends as after Ctrl-C; ignored ones stay ignored."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
-
-    before = {}
-    for name in _SIGNALS:
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -217,10 +217,10 @@ def _expand(item: str | PathLike[str]) -> list[Path | Skipped]:
             raise ValueError(f"read_documents: wanted {KINDS}, got {path}")
         return [path]
     if not glob.has_magic(str(path)):
-        raise FileNotFoundError(f"read_documents: no file or folder {path}")
+        raise FileNotFoundError(f"read_documents: no file or folder {item}")
     matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
     if not matches:
-        raise FileNotFoundError(f"read_documents: no file matches {path}")
+        raise FileNotFoundError(f"read_documents: no file matches {item}")
     return [entry for match in matches for entry in (_walk(match) if match.is_dir() else [_usable(match)])]
 
 

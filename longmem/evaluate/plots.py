@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .perplexity import PerplexityReport
 
@@ -40,7 +40,7 @@ def plot_perplexity(report: PerplexityReport, path: str | Path, title: str) -> N
     for axis in (left, right):
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    _set_title(figure, title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -65,6 +65,12 @@ def plot_recall(report: RecallReport, path: str | Path, title: str) -> None:
     axis.set_ylabel("answers that are right")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    _set_title(figure, title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _set_title(figure: Any, title: str) -> None:
+    """Names of files are in it: they may hold dollar signs, which are no mathematics, and bytes that are no UTF-8."""
+    shown = title.encode("utf-8", errors="replace").decode("utf-8")
+    figure.suptitle(shown, fontsize=10, parse_math=False, wrap=True)

@@ -182,7 +182,8 @@ def _told(name: str, old: Any, new: Any) -> str:
     """One difference, in words."""
     if name == "fingerprint":
         return f"backbone: {difference(str(old), str(new)) or 'the same, in another format'}"
-    return f"{show(name)[1:-1]}: saved {show(old)}, now {show(new)}"
+    old, new = (show(tuple(value) if isinstance(value, list) else value) for value in (old, new))
+    return f"{show(name)[1:-1]}: saved {old}, now {new}"
 
 
 def _types_of(about: dict[str, Any]) -> dict[str, Any]:

@@ -160,8 +160,8 @@ class Trainer:
             self.checkpoints.save(self.step, self._content())
         except OSError as error:
             raise OSError(
-                f"Trainer: the checkpoint of step {self.step} could not be written: {error}. The one before, if any, is"
-                f" intact in {self.folder}, and the same run goes on from there"
+                f"Trainer: the checkpoint of step {self.step} could not be written, the one before is as it was:"
+                f" {error}"
             ) from error
 
     def _end(self, interruption: Interruption, signal: int) -> None:

@@ -11,8 +11,8 @@ from longmem.cli.process import prepared_process
 
 def main() -> None:
     """Run the command line and exit, as `longmem` does: every error ends here, in words."""
-    with prepared_process():
-        sys.exit(explained(_run))
+    with prepared_process() as signals:
+        sys.exit(explained(_run, signals.disarm))
 
 
 def _run() -> None:

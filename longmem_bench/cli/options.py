@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from longmem.cli.definitions import finite, option
+from longmem.cli.definitions import finite, option, path_option
 from longmem.cli.options import DeviceName as DeviceName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -38,7 +38,7 @@ Compilers = Annotated[
     int | None, option("--workers", min=1, help="Processes that compile; default: one per core.", panel=MEASURED)
 ]
 RankingsFile = Annotated[
-    Path | None, option("--json", help="Write rankings and winners; LONGMEM_TILES reads it.", panel=PLACES)
+    Path | None, path_option("--json", help="Write rankings and winners; LONGMEM_TILES reads it.", panel=PLACES)
 ]
 Update = Annotated[bool, option("--update", help="Put the winners into the tables of longmem_kernels.", panel=PLACES)]
 Architecture = Annotated[int, option("--arch", min=1, help="Compute capability: 80 or 90.", panel=MEASURED)]
@@ -52,7 +52,7 @@ SmallGoals = Annotated[
     bool,
     option("--small", help="Everything small and without bounds, to try it on any machine.", panel=MEASURED),
 ]
-OutcomesFile = Annotated[Path | None, option("--json", help="Write the outcomes to this file.", panel=PLACES)]
+OutcomesFile = Annotated[Path | None, path_option("--json", help="Write the outcomes to this file.", panel=PLACES)]
 Ops = Annotated[
     str | None, option(help=f"By commas, of {', '.join(get_args(TritonOp))}. Default: all.", panel=MEASURED)
 ]
@@ -69,14 +69,14 @@ Minutes = Annotated[
     float | None, option(callback=finite(least=0), help="Begin nothing new after this time.", panel=MEASURED)
 ]
 ProfileSteps = Annotated[int, option("--steps", min=1, help="Steps of each layer that are averaged.", panel=MEASURED)]
-JsonFile = Annotated[Path | None, option("--json", help="Write the rows to this file; - is stdout.", panel=PLACES)]
-Plots = Annotated[Path | None, option("--plots", help="Write PNGs to this folder.", panel=PLACES)]
+JsonFile = Annotated[Path | None, path_option("--json", help="Write the rows to this file; - is stdout.", panel=PLACES)]
+Plots = Annotated[Path | None, path_option("--plots", help="Write PNGs to this folder.", panel=PLACES)]
 Keep = Annotated[
     Path | None,
-    option("--keep", help="Keep the rows in this folder, by device and commit: benchmarks/results.", panel=PLACES),
+    path_option("--keep", help="Keep the rows in this folder, by device and commit: benchmarks/results.", panel=PLACES),
 ]
 ResultFile = Annotated[Path, typer.Argument(help="A result: from --json, or kept.")]
-Stored = Annotated[Path, option("--stored", help="File of what the kernels are held to.", panel=PLACES)]
+Stored = Annotated[Path, path_option("--stored", help="File of what the kernels are held to.", panel=PLACES)]
 OnlyKind = Annotated[Literal["ratios", "instructions"] | None, option("--only", help="One of the two.", panel=MEASURED)]
 StoreAnew = Annotated[
     bool, option("--update", help="Store what is measured; on an otherwise idle machine.", panel=PLACES)
@@ -85,6 +85,6 @@ SmallModel = Annotated[bool, option("--small", help="A model of a few million pa
 Layers = Annotated[int, option("--layers", min=2, help="Backbone layers of the published size.", panel=MEASURED)]
 BatchRows = Annotated[int, option("--rows", min=1, help="Rows of the batch.", panel=MEASURED)]
 TimedSteps = Annotated[int, option("--steps", min=2, help="Timed; even: every second one evicts.", panel=MEASURED)]
-Root = Annotated[Path, option("--root", help="Folder of the repository whose pages are rewritten.", panel=PLACES)]
-ResultsFolder = Annotated[Path, option("--results", help="Folder of kept results.", panel=PLACES)]
-TraceOut = Annotated[Path, option("--out", help="Folder for one Chrome trace per layer.", panel=PLACES)]
+Root = Annotated[Path, path_option("--root", help="Folder of the repository whose pages are rewritten.", panel=PLACES)]
+ResultsFolder = Annotated[Path, path_option("--results", help="Folder of kept results.", panel=PLACES)]
+TraceOut = Annotated[Path, path_option("--out", help="Folder for one Chrome trace per layer.", panel=PLACES)]
