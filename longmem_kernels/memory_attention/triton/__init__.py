@@ -15,9 +15,10 @@ Prefixes of names inside kernels: see `longmem_kernels/_triton.py`.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
+from longmem_kernels import _tiles
+from longmem_kernels._tiles import blocks
 from longmem_kernels._triton import Rows
 
 from .backward import (
@@ -28,11 +29,10 @@ from .backward import (
 )
 from .decode import Splits, memory_attention_decode_kernel, memory_attention_decode_merge_kernel
 from .forward import memory_attention_local_kernel, memory_attention_memory_kernel
-from .tiles import decode_tiles, gather_tiles, key_value_grad_tiles, local_tiles, query_grad_tiles
+from .tiles import Options, decode_plan, gather_tiles, local_tiles, splits_of
 from .views import Call, Part, RowTerms
 
 DECODE_QUERIES = 16  # of a head, at most
-MERGED = 16  # splits that the merging kernel adds at once
 
 
 def few_queries(T: int) -> bool:
@@ -61,51 +61,51 @@ def memory_attention_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _prefill(call: Call, out: Tensor, local: Part, memory: Part) -> None:
-    (H, G, T, _), constants = call.sizes, call.constants
-    B = out.shape[0]
-    gather = gather_tiles("memory_attention_memory_kernel", call.bank.key.ptr, constants["K"] * constants["C"])
-    memory_attention_memory_kernel[(triton.cdiv(T, gather["BT"]) * B * H,)](
+    (B, H, T, D), G, constants = out.shape, call.sizes.G, call.constants
+    gather = _gather_tiles("memory_attention_memory_kernel", call)
+    memory_attention_memory_kernel[(blocks(T, gather["BT"]) * B * H,)](
         call.memory_query, call.bank, call.ids, memory, B, H, G, T, call.scale, **constants, **gather
     )
-    tiles = local_tiles(out, call.dropout is not None)
-    memory_attention_local_kernel[(triton.cdiv(T, tiles.BT) * H * B,)](
+    tiles = _local_tiles("memory_attention_local_kernel", call, dropout=call.dropout is not None)
+    memory_attention_local_kernel[(blocks(T, tiles["BT"]) * H * B,)](
         call.query, call.key, call.value, call.gate, call.slopes, call.key_mask, call.dropout, memory, out, local,
         call.sizes, call.scale, call.window,
-        CAUSAL=call.causal, RISING=call.scale > 0, D=constants["D"], BD=constants["BD"], **vars(tiles),
+        CAUSAL=call.causal, RISING=call.scale > 0, D=D, BD=constants["BD"], **tiles,
     )  # fmt: skip
 
 
 def _decode(call: Call, out: Tensor, local: Part, memory: Part) -> None:
-    (H, G, T, S), constants = call.sizes, call.constants
-    B, tokens = out.shape[0], constants["K"] * constants["C"]
-    tiles = decode_tiles(out, H // G, tokens)
-    blocks = B * G * triton.cdiv(H // G * T, tiles.BT)
-    first_key = 0 if call.window is None else max(0, S - T - call.window + 1) // tiles.BS * tiles.BS
-    keys, local_splits = splits_of(S - first_key, tiles.BS, blocks, tiles.programs)
-    tokens, memory_splits = splits_of(tokens, tiles.BJ, B * H * T, tiles.programs)
-    splits = local_splits + memory_splits
-    part = Part(
-        out.new_empty((B, H, T, splits, constants["D"]), dtype=torch.float32),
-        out.new_empty((B, H, T, splits), dtype=torch.float32),
+    (B, H, T, D), (_, G, _, S), constants = out.shape, call.sizes, call.constants
+    plan = decode_plan(
+        _tiles.capability(out.device), _tiles.kind(out.dtype), B, H, G, T, D, constants["K"] * constants["C"]
     )
-    memory_attention_decode_kernel[(blocks * local_splits + B * H * T * memory_splits,)](
+    first_key = 0 if call.window is None else max(0, S - T - call.window + 1) // plan.BS * plan.BS
+    keys, local_splits = splits_of(S - first_key, plan.BS, plan.blocks, plan.programs)
+    rows, local_programs, splits = B * H * T, plan.blocks * local_splits, local_splits + plan.memory_splits
+    part = Part(
+        out.new_empty((rows, splits, D), dtype=torch.float32), out.new_empty((rows, splits), dtype=torch.float32)
+    )
+    memory_attention_decode_kernel[(local_programs + rows * plan.memory_splits,)](
         call.query, call.key, call.value, call.slopes, call.key_mask, call.dropout,
         call.memory_query, call.bank, call.ids, part, call.sizes, call.scale, call.window,
-        Splits(first_key, keys, tokens, local_splits, memory_splits, blocks * local_splits),
-        CAUSAL=call.causal, **constants, **tiles.launch,
+        Splits(first_key, keys, plan.tokens, local_splits, plan.memory_splits, local_programs),
+        CAUSAL=call.causal, **constants, **plan.decode,
     )  # fmt: skip
-    memory_attention_decode_merge_kernel[(B * H * T,)](
+    memory_attention_decode_merge_kernel[(rows,)](
         part, call.gate, out, local, memory, H, T, local_splits, splits,
-        1.0 if call.dropout is None else call.dropout.kept_scale,
-        D=constants["D"], BP=MERGED, BD=constants["BD"], num_warps=1,
+        1.0 if call.dropout is None else call.dropout.kept_scale, **plan.merge,
     )  # fmt: skip
 
 
-def splits_of(length: int, tile: int, programs: int, wanted: int) -> tuple[int, int]:
-    """Length of a split, a multiple of `tile`, and how many splits: each for `programs` programs, together `wanted`."""
-    tiles = max(1, triton.cdiv(length, tile))
-    per_split = triton.cdiv(tiles, max(1, min(tiles, wanted // programs)))
-    return per_split * tile, triton.cdiv(tiles, per_split)
+def _local_tiles(kernel: str, call: Call, **facts: bool) -> Options:
+    query = call.query.ptr
+    return local_tiles(kernel, _tiles.capability(query.device), _tiles.kind(query.dtype), query.shape[-1], **facts)
+
+
+def _gather_tiles(kernel: str, call: Call) -> Options:
+    key, constants = call.bank.key.ptr, call.constants
+    tokens = constants["K"] * constants["C"]
+    return gather_tiles(kernel, _tiles.capability(key.device), key.element_size(), constants["D"], tokens)
 
 
 def memory_attention_backward(
@@ -140,24 +140,23 @@ def memory_attention_backward(
     local_arguments = (call.query, call.key, call.value, call.slopes, call.key_mask, call.dropout, local_terms)
     with torch.cuda.device_of(query):
         BT = max(1, 2048 // BD)
-        memory_attention_offset_kernel[(triton.cdiv(T, BT) * H * B,)](
+        memory_attention_offset_kernel[(blocks(T, BT) * H * B,)](
             rows, *lse_grads, local, memory, call.gate, local_terms, memory_terms, gate_grad, H, T,
             D=D, BT=BT, BD=BD, num_warps=4,
         )  # fmt: skip
-        tokens = constants["K"] * constants["C"]
-        gather = gather_tiles("memory_attention_memory_query_grad_kernel", call.bank.key.ptr, tokens)
-        memory_attention_memory_query_grad_kernel[(triton.cdiv(T, gather["BT"]) * B * H,)](
+        gather = _gather_tiles("memory_attention_memory_query_grad_kernel", call)
+        memory_attention_memory_query_grad_kernel[(blocks(T, gather["BT"]) * B * H,)](
             rows, call.memory_query, call.bank, call.ids, memory_terms, memory_query_grad, B, H, G, T, call.scale,
             **constants, **gather,
         )  # fmt: skip
-        tiles = query_grad_tiles(query)
-        memory_attention_query_grad_kernel[(triton.cdiv(T, tiles.BT) * H * B,)](
+        tiles = _local_tiles("memory_attention_query_grad_kernel", call)
+        memory_attention_query_grad_kernel[(blocks(T, tiles["BT"]) * H * B,)](
             rows, *local_arguments, query_grad, call.sizes, call.scale, call.window,
-            CAUSAL=call.causal, D=D, BD=BD, **vars(tiles),
+            CAUSAL=call.causal, D=D, BD=BD, **tiles,
         )  # fmt: skip
-        tiles = key_value_grad_tiles(query, call.dropout is not None)
-        memory_attention_key_value_grad_kernel[(triton.cdiv(S, tiles.BS) * G * B,)](
+        tiles = _local_tiles("memory_attention_key_value_grad_kernel", call, dropout=call.dropout is not None)
+        memory_attention_key_value_grad_kernel[(blocks(S, tiles["BS"]) * G * B,)](
             rows, *local_arguments, key_grad, value_grad, call.sizes, call.scale, call.window,
-            GROUP=H // G, CAUSAL=call.causal, D=D, BD=BD, **vars(tiles),
+            GROUP=H // G, CAUSAL=call.causal, D=D, BD=BD, **tiles,
         )  # fmt: skip
     return query_grad, key_grad, value_grad, memory_query_grad, gate_grad.sum((0, 2))

@@ -1,81 +1,84 @@
-"""Tile sizes and launch options of the kernels of memory_attention, from the tables of `_tiles`."""
+"""Tile sizes and launch options of the kernels of memory_attention, from the tables of `_tiles`.
+
+Every function here is of the facts of a launch alone, and its results are kept: calls that differ from earlier ones in
+their numbers, or in the number of local keys, compute nothing here. All ask for the GPU's `capability`, for `dtype`,
+the query's as `_tiles.kind` names it, and for the head dim.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import triton
-from torch import Tensor
 
 from longmem_kernels import _tiles
 
+Options: TypeAlias = dict[str, Any]
+"""Keyword arguments of a launch, not to be changed: tile sizes, and `num_warps`, `num_stages`, `maxnreg`."""
 
-@dataclass(frozen=True)
-class Tiles:
-    """Tile sizes of the local kernels, T queries by S keys, and launch options, as the tables of `_tiles` say: the best
-    without spills in a loop.
+MERGED = 16  # splits that the merging kernel of decode.py adds at once
+
+
+@_tiles.planned
+def local_tiles(kernel: str, capability: tuple[int, int], dtype: str, D: int, dropout: bool | None = None) -> Options:
+    """Tiles of a local kernel, T queries by S keys: the best without spills in a loop.
 
     Two blocks for each multiprocessor, where they fit, are worth more than a larger tile: one computes exponentials
-    while the other multiplies matrices.
+    while the other multiplies matrices. `dropout`, for the kernels whose tables ask: weights need registers twice.
     """
-
-    BT: int
-    BS: int
-    num_warps: int = 4
-    num_stages: int = 3
-    maxnreg: int | None = None
+    facts = {} if dropout is None else {"dropout": dropout}
+    use = _tiles.choose(kernel, capability, dtype=dtype, D=D, **facts)
+    return {"num_warps": 4, "num_stages": 3, "maxnreg": None, **use}
 
 
-def _local_tiles(kernel: str, query: Tensor, **facts: int | bool) -> Tiles:
-    dtype, D = _tiles.kind(query.dtype), query.shape[-1]
-    return Tiles(**_tiles.choose(kernel, _tiles.capability(query.device), dtype=dtype, D=D, **facts))
-
-
-def local_tiles(query: Tensor, dropout: bool) -> Tiles:
-    """Tiles of the forward kernel."""
-    return _local_tiles("memory_attention_local_kernel", query, dropout=dropout)
-
-
-def query_grad_tiles(query: Tensor) -> Tiles:
-    return _local_tiles("memory_attention_query_grad_kernel", query)
-
-
-def key_value_grad_tiles(query: Tensor, dropout: bool) -> Tiles:
-    """`dropout` needs the weights twice, whole and thinned."""
-    return _local_tiles("memory_attention_key_value_grad_kernel", query, dropout=dropout)
-
-
-@dataclass(frozen=True)
-class DecodeTiles(Tiles):
-    """Tiles of the kernel for few queries: also how many retrieved tokens a program reads at once, and how many
-    programs are worth splitting keys and tokens for, about two for each SM of the largest GPUs."""
-
-    BJ: int = 64
-    programs: int = 256
-
-    @property
-    def launch(self) -> dict[str, Any]:
-        """Options that the kernel is launched with."""
-        return {name: value for name, value in vars(self).items() if name != "programs"}
-
-
-def decode_tiles(query: Tensor, group: int, tokens: int) -> DecodeTiles:
-    """BT rows are queries of all `group` heads that share keys; tl.dot needs 16. `tokens`: retrieved by a query."""
-    dtype, (T, D) = _tiles.kind(query.dtype), query.shape[-2:]
-    capability = _tiles.capability(query.device)
-    use = _tiles.choose("memory_attention_decode_kernel", capability, dtype=dtype, D=D, rows=group * T, tokens=tokens)
-    return DecodeTiles(**{**use, "BJ": min(use["BJ"], triton.next_power_of_2(tokens))})
-
-
-def gather_tiles(kernel: str, memory_key: Tensor, tokens: int) -> dict[str, int]:
-    """Tiles of a kernel that gathers `tokens` retrieved tokens for each query.
+@_tiles.planned
+def gather_tiles(kernel: str, capability: tuple[int, int], size: int, D: int, tokens: int) -> Options:
+    """Tiles of a kernel that gathers `tokens` retrieved tokens, of numbers of `size` bytes, for each query.
 
     A warp reads its queries' tokens, 16 bytes of a token per lane, BJ tokens one after another: the lanes of a query
     hold all of its tokens, and its softmax needs no other warp.
     """
-    D, size = memory_key.shape[-1], memory_key.element_size()
-    capability = _tiles.capability(memory_key.device)
-    tiles = _tiles.choose(kernel, capability, bytes=size, D=D, tokens=tokens)
+    use = _tiles.choose(kernel, capability, bytes=size, D=D, tokens=tokens)
     rows = max(1, 32 * 16 // size // triton.next_power_of_2(D))
-    return {**tiles, "BT": rows * tiles["num_warps"], "BJ": min(tiles["BJ"], triton.next_power_of_2(tokens))}
+    return {**use, "BT": rows * use["num_warps"], "BJ": min(use["BJ"], triton.next_power_of_2(tokens))}
+
+
+class DecodePlan(NamedTuple):
+    """A launch of the kernels for few queries, whatever the number of local keys.
+
+    Attributes:
+        BS: keys that a program reads at once.
+        programs: how many programs keys and tokens are worth splitting for, about two for each SM of the largest GPUs.
+        blocks: of BT rows, each with all its keys, which are split in as many programs as there are splits.
+        tokens, memory_splits: retrieved tokens of a split, and splits of a row.
+        decode, merge: options of the two kernels.
+    """
+
+    BS: int
+    programs: int
+    blocks: int
+    tokens: int
+    memory_splits: int
+    decode: Options
+    merge: Options
+
+
+@_tiles.planned
+def decode_plan(
+    capability: tuple[int, int], dtype: str, B: int, H: int, G: int, T: int, D: int, tokens: int
+) -> DecodePlan:
+    """Plan for `tokens` retrieved tokens a query. BT rows are queries of all heads that share keys; tl.dot needs 16."""
+    rows = H // G * T
+    use = _tiles.choose("memory_attention_decode_kernel", capability, dtype=dtype, D=D, rows=rows, tokens=tokens)
+    use = {"maxnreg": None, **use, "BJ": min(use["BJ"], triton.next_power_of_2(tokens))}
+    programs = use.pop("programs")
+    per_split, memory_splits = splits_of(tokens, use["BJ"], B * H * T, programs)
+    merge = {"D": D, "BP": MERGED, "BD": triton.next_power_of_2(D), "num_warps": 1}
+    return DecodePlan(use["BS"], programs, B * G * _tiles.blocks(rows, use["BT"]), per_split, memory_splits, use, merge)
+
+
+def splits_of(length: int, tile: int, programs: int, wanted: int) -> tuple[int, int]:
+    """Length of a split, a multiple of `tile`, and how many splits: each for `programs` programs, together `wanted`."""
+    tiles = max(1, _tiles.blocks(length, tile))
+    per_split = _tiles.blocks(tiles, max(1, min(tiles, wanted // programs)))
+    return per_split * tile, _tiles.blocks(tiles, per_split)

@@ -9,6 +9,7 @@ Tensors that the kernels make, `Part` and `RowTerms`, are contiguous [B, H, T, .
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +102,7 @@ class Call(NamedTuple):
         query, memory_query: [B, H, T]; key, value: [B, G, S].
         gate, slopes: [H] float32, or None.
         constants: what of memory is compiled in: its sizes; SAME, whether keys and values lie alike, so that their
-            offsets are equal; WIDE, whether an offset may pass 2^31.
+            offsets are equal; WIDE, whether an offset may pass 2^31. Not to be changed.
     """
 
     query: Rows
@@ -128,9 +129,11 @@ class Call(NamedTuple):
         fusion: str, scale: float, causal: bool, window: int | None, dropout_p: float,
     ) -> Call:  # fmt: skip
         """From the arguments of `memory_attention`, already checked, defaults filled in."""
-        (H, T, D), (G, S), (R, M, C) = query.shape[1:], key.shape[1:3], (memory_key.shape[i] for i in (0, 2, 3))
-        key_strides, value_strides = memory_key.stride()[:4], memory_value.stride()[:4]
-        ends = ((M - 1) * s_m + (C - 1) * s_c + D for _, _, s_m, s_c in (key_strides, value_strides))
+        _, H, T, D = query.shape
+        _, G, S, _ = key.shape
+        R, _, M, C, _ = memory_key.shape
+        key_strides, value_strides = memory_key.stride(), memory_value.stride()
+        constants = _memory_constants(chunk_ids.shape[3], M, C, D, key_strides, value_strides)
         memory_key, memory_value = _readable(memory_key), _readable(memory_value)
         mask = None if key_mask is None else Mask(key_mask, *key_mask.stride())
         dropout = None
@@ -142,7 +145,12 @@ class Call(NamedTuple):
             value=Rows.of(value),
             memory_query=Rows.of(memory_query),
             bank=Bank(
-                Chunks(memory_key, *key_strides), Chunks(memory_value, *value_strides), memory_scale, ring_index, R, M
+                Chunks(memory_key, *key_strides[:4]),
+                Chunks(memory_value, *value_strides[:4]),
+                memory_scale,
+                ring_index,
+                R,
+                M,
             ),
             ids=Ids(chunk_ids, *chunk_ids.stride()),
             gate=gate,
@@ -153,15 +161,23 @@ class Call(NamedTuple):
             scale=scale,
             causal=causal,
             window=window,
-            constants={
-                "K": chunk_ids.shape[3],
-                "C": C,
-                "D": D,
-                "BD": triton.next_power_of_2(D),
-                "SAME": key_strides == value_strides,
-                "WIDE": max(ends) > 2**31,
-            },
+            constants=constants,
         )
+
+
+@lru_cache(maxsize=4096)
+def _memory_constants(
+    K: int, M: int, C: int, D: int, key_strides: tuple[int, ...], value_strides: tuple[int, ...]
+) -> dict[str, Any]:
+    ends = ((M - 1) * s_m + (C - 1) * s_c + D for _, _, s_m, s_c, _ in (key_strides, value_strides))
+    return {
+        "K": K,
+        "C": C,
+        "D": D,
+        "BD": triton.next_power_of_2(D),
+        "SAME": key_strides == value_strides,
+        "WIDE": max(ends) > 2**31,
+    }
 
 
 def _readable(memory: Tensor) -> Tensor:
