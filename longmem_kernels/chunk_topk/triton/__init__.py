@@ -42,8 +42,8 @@ def chunk_topk_triton(
     norms = None
     q, c = Rows.of(query), Rows.of(centroid)
     BK = max(2, triton.next_power_of_2(k))
-    BW = min(triton.next_power_of_2(splits * lanes * capacity), DECIDED)
-    BR = max(1, min(triton.next_power_of_2(rows), DECIDED // BW))
+    # A warp for each query, that asks no other warp; with few queries, more warps for each.
+    BW, warps = min(triton.next_power_of_2(splits * lanes * capacity), DECIDED), 1 if B * H * T > WARPS // 4 else 4
     with torch.cuda.device_of(query):
         if how == "coarse":
             norms = query.new_empty((R, G, triton.cdiv(M, BN)), dtype=torch.float32)
@@ -52,10 +52,11 @@ def chunk_topk_triton(
         chunk_topk_search_kernel[(B * G * blocks * splits,)](
             q, c, count, ring_index, norms, lists, lengths, H, G, T, R, M, k, splits, HOW=HOW[how], D=D, **use
         )
-        chunk_topk_decide_kernel[(B * G * triton.cdiv(rows, BR),)](
+        chunk_topk_decide_kernel[(B * H * T,)](
             q, c, ring_index, lists, lengths, ids, scores,
             H, G, T, R, k, blocks * BT, splits * lanes,
-            RESCORE=how != "direct", D=D, BD=16, BR=BR, BW=BW, BK=BK, CAPACITY=capacity, num_warps=4,
+            RESCORE=how != "direct", ONCE=splits * lanes * capacity <= BW, D=D, BD=16, BW=BW, BK=BK, CAPACITY=capacity,
+            num_warps=warps,
         )  # fmt: skip
     return ids, scores
 

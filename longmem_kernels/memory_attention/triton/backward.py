@@ -163,7 +163,7 @@ def _add_query_grad(
     if task.slope is not None and not MASKED:
         b_base += alibi_rows(task.slope, task.o_query, task.first)
     o_query = task.o_query[:, None]
-    STAGES: tl.constexpr = 1 if CAREFUL else None
+    STAGES: tl.constexpr = 1 if CAREFUL and BS > 16 else None
     for start in tl.range(begin, end, BS, num_stages=STAGES):
         o_key = start + tl.arange(0, BS)
         b_key = load_rows(task.key, o_key, visible.S, D, BD, MASKED)  # [BS, BD]
@@ -222,9 +222,14 @@ def memory_attention_query_grad_kernel(
     )
     if any_not_finite(b_query_grad):
         SMALLER: tl.constexpr = BS // 2 if BS > 16 else BS  # in registers beside what the loops above take
+        # Loaded once more, because what is kept for here takes registers from the loops above.
+        again = local_block(
+            query, key, value, p_slopes, key_mask, dropout, sizes, scale, window, i_b, i_h, i_block, D, BT, BD
+        )
+        b_grad = load_rows(of_head(grad, i_b, i_h), o_t, T, D, BD, True)
         b_query_grad = tl.zeros([BT, BD], tl.float32)
         b_query_grad = _add_query_grad(
-            b_query_grad, task, begin, end, b_grad, b_base, b_offset, CAUSAL, True, True, D, SMALLER, BD
+            b_query_grad, again, begin, end, b_grad, b_base, b_offset, CAUSAL, True, True, D, SMALLER, BD
         )
 
     o_d = tl.arange(0, BD)
@@ -259,6 +264,20 @@ class Keys(NamedTuple):
 
 
 @triton.jit
+def _keys(
+    grad, query, key, value, p_slopes, key_mask, dropout, terms, sizes, scale, window, i_b, i_g, i_block,
+    D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """`Keys` of block `i_block` of key/value head `i_g`."""
+    o_key = i_block * BS + tl.arange(0, BS)
+    b_key = load_rows(of_head(key, i_b, i_g), o_key, sizes.S, D, BD, True)
+    b_value = load_rows(of_head(value, i_b, i_g), o_key, sizes.S, D, BD, True)
+    visible = visible_in_row(sizes.S, key_mask, window, i_b)
+    last = i_block * BS + (BS - 1)
+    return Keys(b_key, b_value, o_key, last, query, grad, terms, p_slopes, dropout, visible, sizes, scale, i_b)
+
+
+@triton.jit
 def _add_key_value_grad(
     b_key_grad, b_value_grad, task, begin, end, i_h,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
@@ -271,7 +290,7 @@ def _add_key_value_grad(
     grad = of_head(task.grad, task.i_b, i_h)
     first_row = (task.i_b * H + i_h) * T
     o_key = task.o_key[:, None]
-    STAGES: tl.constexpr = 1 if CAREFUL else None  # registers are for the loops that usually run
+    STAGES: tl.constexpr = 1 if CAREFUL and query.ptr.dtype.element_ty != tl.float32 else None
     for start in tl.range(begin, end, BT, num_stages=STAGES):
         o_t = start + tl.arange(0, BT)
         o_query = S - T + o_t
@@ -330,13 +349,10 @@ def memory_attention_key_value_grad_kernel(
     i_g = (pid // blocks % G).to(tl.int64)
     i_b = (pid // blocks // G).to(tl.int64)
 
-    o_key = i_block * BS + tl.arange(0, BS)
-    last = i_block * BS + (BS - 1)
-    task = Keys(
-        load_rows(of_head(key, i_b, i_g), o_key, S, D, BD, True),
-        load_rows(of_head(value, i_b, i_g), o_key, S, D, BD, True),
-        o_key, last, query, grad, terms, p_slopes, dropout, visible_in_row(S, key_mask, window, i_b), sizes, scale, i_b,
-    )  # fmt: skip
+    task = _keys(
+        grad, query, key, value, p_slopes, key_mask, dropout, terms, sizes, scale, window, i_b, i_g, i_block, D, BS, BD
+    )
+    last = task.last
     # Queries begin ... all_begin - 1 see some of the keys, those from all_begin on see all. A window: all see some.
     begin = 0
     all_begin = 0
@@ -365,14 +381,20 @@ def memory_attention_key_value_grad_kernel(
         end = T
         if window is not None:
             end = all_begin
+        again = task
+        if query.ptr.dtype.element_ty == tl.float32:  # as in memory_attention_query_grad_kernel
+            again = _keys(
+                grad, query, key, value, p_slopes, key_mask, dropout, terms, sizes, scale, window, i_b, i_g, i_block,
+                D, BS, BD,
+            )  # fmt: skip
         for i_head in range(GROUP):
             b_key_grad, b_value_grad = _add_key_value_grad(
-                b_key_grad, b_value_grad, task, begin, end, i_g * GROUP + i_head, CAUSAL, True, True, D, SMALLER, BD
+                b_key_grad, b_value_grad, again, begin, end, i_g * GROUP + i_head, CAUSAL, True, True, D, SMALLER, BD
             )
 
     o_d = tl.arange(0, BD)
-    m_key = (o_key < S)[:, None] & (o_d < D)[None, :]
-    o_out = ((i_b * G + i_g) * S + o_key)[:, None] * D + o_d[None, :]
+    m_key = (task.o_key < S)[:, None] & (o_d < D)[None, :]
+    o_out = ((i_b * G + i_g) * S + task.o_key)[:, None] * D + o_d[None, :]
     dtype = p_key_grad.dtype.element_ty
     tl.store(p_key_grad + o_out, narrow(b_key_grad * scale, dtype), mask=m_key)
     tl.store(p_value_grad + o_out, narrow(b_value_grad, dtype), mask=m_key)
