@@ -7,7 +7,7 @@ of exponentials; share = 0 where no memory was found. So the kernels of either p
     views.py    pointers and strides in named tuples    softmax.py   online softmax, fusion
     tiles.py    tile sizes                              scores.py    masks, ALiBi, dropout
     local.py    attention to local keys                 gather.py    attention to retrieved tokens
-    forward.py, decode.py, backward.py                  the kernels
+    forward.py, decode.py, backward.py, backward_keys.py    the kernels
 
 Prefixes of names inside kernels: see `longmem_kernels/_triton.py`.
 """
@@ -22,11 +22,11 @@ from longmem_kernels._tiles import blocks
 from longmem_kernels._triton import Rows
 
 from .backward import (
-    memory_attention_key_value_grad_kernel,
     memory_attention_memory_query_grad_kernel,
     memory_attention_offset_kernel,
     memory_attention_query_grad_kernel,
 )
+from .backward_keys import memory_attention_key_value_grad_kernel
 from .decode import Splits, memory_attention_decode_kernel, memory_attention_decode_merge_kernel
 from .forward import memory_attention_local_kernel, memory_attention_memory_kernel
 from .tiles import Options, decode_plan, gather_tiles, local_tiles, splits_of
