@@ -16,12 +16,15 @@ import triton.language as tl
 
 from longmem_kernels._triton import dot, narrow, of_head
 
-from .gather import load_tokens, retrieved
-from .local import local_block
+from .gather import load_tokens, retrieved, token_scales
+from .local import Local
 from .scores import (
+    Visible,
     alibi_bias,
     alibi_rows,
+    alibi_slope,
     any_not_finite,
+    dropout_rows,
     finite_numbers,
     kept_by_dropout,
     load_rows,
@@ -130,13 +133,14 @@ def memory_attention_memory_query_grad_kernel(
         tokens = load_tokens(task, start, K, C, D, BD, BJ, SAME, WIDE)
         b_score = tl.sum(b_query[None, :, :] * tokens.b_key, axis=2)  # [BJ, BT]
         b_value_dot = tl.sum(b_grad[None, :, :] * tokens.b_value, axis=2)
-        if tokens.b_key_scale is not None:
-            b_score *= tokens.b_key_scale
-            b_value_dot *= tokens.b_value_scale
+        if bank.scale is not None:
+            b_key_scale, b_value_scale = token_scales(task, bank.scale, tokens)
+            b_score *= b_key_scale
+            b_value_dot *= b_value_scale
         b_weight = tl.exp2(tl.where(tokens.m_there, b_score - b_base[None, :], float("-inf")))
         b_score_grad = tl.where(tokens.m_there, b_weight * (b_value_dot + b_offset[None, :]), 0.0)
-        if tokens.b_key_scale is not None:
-            b_score_grad *= tokens.b_key_scale
+        if bank.scale is not None:
+            b_score_grad *= b_key_scale
         b_query_grad += tl.sum(b_score_grad[:, :, None] * tokens.b_key, axis=0)
 
     o_d = tl.arange(0, BD)
@@ -161,7 +165,9 @@ def _add_query_grad(
         o_key = start + tl.arange(0, BS)
         b_key = load_rows(task.key, o_key, visible.S, D, BD, MASKED)  # [BS, BD]
         b_value = load_rows(task.value, o_key, visible.S, D, BD, MASKED)
-        b_bias = alibi_bias(task.slope, task.o_query, start, task.first, BS, MASKED)
+        b_bias = None
+        if task.slope is not None:
+            b_bias = alibi_bias(task.slope, task.o_query, start, task.first, BS, MASKED)
         b_dot = dot(task.b_query, tl.trans(b_key))
         b_score = local_scores(b_dot, b_bias, o_query, o_key[None, :], task.scale, visible, CAUSAL, MASKED)
         b_weight = tl.exp2(b_score - b_base[:, None])
@@ -193,24 +199,34 @@ def memory_attention_query_grad_kernel(
         terms: RowTerms of the local part.
         sizes: Sizes.
     """
-    H, _, T, S = sizes
+    H, G, T, S = sizes
     blocks = tl.cdiv(T, BT)
     pid = tl.program_id(0)
     i_block = blocks - 1 - pid % blocks
     i_h = (pid // blocks % H).to(tl.int64)
     i_b = (pid // blocks // H).to(tl.int64)
+    i_g = i_h // (H // G)
 
     o_t = i_block * BT + tl.arange(0, BT)
     m_t = o_t < T
     o_row = (i_b * H + i_h) * T + o_t
-    task = local_block(
-        query, key, value, p_slopes, key_mask, dropout, sizes, scale, window, i_b, i_h, i_block, D, BT, BD
-    )
+    first = S - T + i_block * BT  # position of the first query
+    o_query = first + tl.arange(0, BT)
+    slope = None
+    if p_slopes is not None:
+        slope = alibi_slope(p_slopes, i_h)
+    b_row = None
+    if dropout is not None:
+        b_row = dropout_rows(dropout, o_row)
+    keys, values = of_head(key, i_b, i_g), of_head(value, i_b, i_g)
+    visible = Visible(S, key_mask, window, i_b)
+    b_query = load_rows(of_head(query, i_b, i_h), o_t, T, D, BD, True)
+    task = Local(b_query, o_query, first, keys, values, visible, scale, slope, dropout, b_row)
     b_grad = load_rows(of_head(grad, i_b, i_h), o_t, T, D, BD, True)
     b_base, b_offset = load_terms(terms, o_row, m_t)
 
     b_query_grad = tl.zeros([BT, BD], tl.float32)
-    begin, all_begin, all_end, end = seen_keys(task.first, task.first + BT - 1, S, window, CAUSAL, BS)
+    begin, all_begin, all_end, end = seen_keys(first, first + BT - 1, S, window, CAUSAL, BS)
     if window is not None:
         b_query_grad = _add_query_grad(
             b_query_grad, task, begin, all_begin, b_grad, b_base, b_offset, CAUSAL, True, False, D, BS, BD
@@ -224,9 +240,8 @@ def memory_attention_query_grad_kernel(
     if any_not_finite(b_query_grad):
         SMALLER: tl.constexpr = BS // 2 if BS > 16 else BS  # in registers beside what the loops above take
         # Loaded once more, because what is kept for here takes registers from the loops above.
-        again = local_block(
-            query, key, value, p_slopes, key_mask, dropout, sizes, scale, window, i_b, i_h, i_block, D, BT, BD
-        )
+        b_query = load_rows(of_head(query, i_b, i_h), o_t, T, D, BD, True)
+        again = Local(b_query, o_query, first, keys, values, visible, scale, slope, dropout, b_row)
         b_grad = load_rows(of_head(grad, i_b, i_h), o_t, T, D, BD, True)
         b_query_grad = tl.zeros([BT, BD], tl.float32)
         b_query_grad = _add_query_grad(

@@ -24,7 +24,6 @@ from .scores import (
     local_scores,
     not_finite_rows,
     seen_pairs,
-    visible_in_row,
 )
 from .views import Dropout, RowTerms, Sizes
 
@@ -36,7 +35,7 @@ class Keys(NamedTuple):
         b_key, b_value: [BS, BD].
         o_key: [BS], their positions; `last`: that of the last.
         query, grad: Rows of all heads and rows; terms: of the local part.
-        visible: of the row `i_b`.
+        visible: in the row.
     """
 
     b_key: Any
@@ -51,21 +50,6 @@ class Keys(NamedTuple):
     visible: Visible
     sizes: Sizes
     scale: Any
-    i_b: Any
-
-
-@triton.jit
-def _keys(
-    grad, query, key, value, p_slopes, key_mask, dropout, terms, sizes, scale, window, i_b, i_g, i_block,
-    D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """`Keys` of block `i_block` of key/value head `i_g`."""
-    o_key = i_block * BS + tl.arange(0, BS)
-    b_key = load_rows(of_head(key, i_b, i_g), o_key, sizes.S, D, BD, True)
-    b_value = load_rows(of_head(value, i_b, i_g), o_key, sizes.S, D, BD, True)
-    visible = visible_in_row(sizes.S, key_mask, window, i_b)
-    last = i_block * BS + (BS - 1)
-    return Keys(b_key, b_value, o_key, last, query, grad, terms, p_slopes, dropout, visible, sizes, scale, i_b)
 
 
 @triton.jit
@@ -76,10 +60,12 @@ def _add_key_value_grad(
 ):  # fmt: skip
     """Both gradients with what queries begin ... end - 1 of a head add. Scores are transposed: [BS, BT]."""
     H, _, T, S = task.sizes
-    slope = alibi_slope(task.p_slopes, i_h)
-    query = of_head(task.query, task.i_b, i_h)
-    grad = of_head(task.grad, task.i_b, i_h)
-    first_row = (task.i_b * H + i_h) * T
+    slope = None
+    if task.p_slopes is not None:
+        slope = alibi_slope(task.p_slopes, i_h)
+    query = of_head(task.query, task.visible.i_b, i_h)
+    grad = of_head(task.grad, task.visible.i_b, i_h)
+    first_row = (task.visible.i_b * H + i_h) * T
     o_key = task.o_key[:, None]
     STAGES: tl.constexpr = 1 if CAREFUL and query.ptr.dtype.element_ty != tl.float32 else None
     for start in tl.range(begin, end, BT, num_stages=STAGES):
@@ -135,10 +121,13 @@ def memory_attention_key_value_grad_kernel(
     i_g = (pid // blocks % G).to(tl.int64)
     i_b = (pid // blocks // G).to(tl.int64)
 
-    task = _keys(
-        grad, query, key, value, p_slopes, key_mask, dropout, terms, sizes, scale, window, i_b, i_g, i_block, D, BS, BD
-    )
-    last = task.last
+    o_key = i_block * BS + tl.arange(0, BS)
+    last = i_block * BS + (BS - 1)
+    keys, values = of_head(key, i_b, i_g), of_head(value, i_b, i_g)
+    visible = Visible(S, key_mask, window, i_b)
+    b_key = load_rows(keys, o_key, S, D, BD, True)
+    b_value = load_rows(values, o_key, S, D, BD, True)
+    task = Keys(b_key, b_value, o_key, last, query, grad, terms, p_slopes, dropout, visible, sizes, scale)
     # Queries begin ... all_begin - 1 see some of the keys, those from all_begin on see all. A window: all see some.
     begin = 0
     all_begin = 0
@@ -169,18 +158,17 @@ def memory_attention_key_value_grad_kernel(
             end = all_begin
         again = task
         if query.ptr.dtype.element_ty == tl.float32:  # as in backward.py
-            again = _keys(
-                grad, query, key, value, p_slopes, key_mask, dropout, terms, sizes, scale, window, i_b, i_g, i_block,
-                D, BS, BD,
-            )  # fmt: skip
+            b_key = load_rows(keys, o_key, S, D, BD, True)
+            b_value = load_rows(values, o_key, S, D, BD, True)
+            again = Keys(b_key, b_value, o_key, last, query, grad, terms, p_slopes, dropout, visible, sizes, scale)
         for i_head in range(GROUP):
             b_key_grad, b_value_grad = _add_key_value_grad(
                 b_key_grad, b_value_grad, again, begin, end, i_g * GROUP + i_head, CAUSAL, True, True, D, SMALLER, BD
             )
 
     o_d = tl.arange(0, BD)
-    m_key = (task.o_key < S)[:, None] & (o_d < D)[None, :]
-    o_out = ((i_b * G + i_g) * S + task.o_key)[:, None] * D + o_d[None, :]
+    m_key = (o_key < S)[:, None] & (o_d < D)[None, :]
+    o_out = ((i_b * G + i_g) * S + o_key)[:, None] * D + o_d[None, :]
     dtype = p_key_grad.dtype.element_ty
     tl.store(p_key_grad + o_out, narrow(b_key_grad * scale, dtype), mask=m_key)
     tl.store(p_value_grad + o_out, narrow(b_value_grad, dtype), mask=m_key)

@@ -18,7 +18,7 @@ from longmem_kernels._triton import narrow, of_head
 
 from .gather import attend_tokens, retrieved
 from .local import Local, attend
-from .scores import alibi_slope, any_not_finite, dropout_rows, load_rows, visible_in_row
+from .scores import Visible, alibi_slope, any_not_finite, dropout_rows, load_rows
 from .softmax import LN2, LOG2E, State, empty_state, finish, fusion_share, online_softmax
 from .views import Part
 
@@ -66,12 +66,15 @@ def _local_split(
     o_d = tl.arange(0, BD)
     p_rows = query.ptr + i_b * query.b + o_h * query.h + o_t.to(tl.int64) * query.t
     b_query = tl.load(p_rows[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
-    slope = alibi_slope(p_slopes, o_h)
+    slope = None
     if p_slopes is not None:
-        slope = slope[:, None]
+        slope = alibi_slope(p_slopes, o_h)[:, None]
+    b_row = None
+    if dropout is not None:
+        b_row = dropout_rows(dropout, o_row)
     task = Local(
         b_query, S - T + o_t, 0, of_head(key, i_b, i_g), of_head(value, i_b, i_g),
-        visible_in_row(S, key_mask, window, i_b), scale, slope, dropout, dropout_rows(dropout, o_row),
+        Visible(S, key_mask, window, i_b), scale, slope, dropout, b_row,
     )  # fmt: skip
     begin = splits.first_key + i_split * splits.keys
     end = tl.minimum(begin + splits.keys, S)
@@ -98,7 +101,7 @@ def _memory_split(
     task = retrieved(bank, ids, i_b, i_h, o_t, H, G, T)
     begin = i_split * splits.tokens
     end = tl.minimum(begin + splits.tokens, K * C)
-    state = attend_tokens(empty_state(1, BD), task, b_query, begin, end, K, C, D, BD, BJ, SAME, WIDE)
+    state = attend_tokens(empty_state(1, BD), task, bank.scale, b_query, begin, end, K, C, D, BD, BJ, SAME, WIDE)
     o_row = i_row + tl.arange(0, 1)
     _store_split(splits, part, o_row, splits.local + i_split, state, o_t < T, D, BD)
 

@@ -14,8 +14,8 @@ import triton.language as tl
 from longmem_kernels._triton import narrow, of_head
 
 from .gather import attend_tokens, retrieved
-from .local import attend, local_block
-from .scores import any_not_finite, load_rows, seen_keys
+from .local import Local, attend
+from .scores import Visible, alibi_slope, any_not_finite, dropout_rows, load_rows, seen_keys
 from .softmax import LN2, LOG2E, empty_state, finish, fusion_share
 
 
@@ -42,7 +42,7 @@ def memory_attention_memory_kernel(
     b_query = load_rows(of_head(query, i_b, i_h), o_t, T, D, BD, True)
     b_query = b_query.to(tl.float32) * (scale * LOG2E)  # [BT, BD]
     task = retrieved(bank, ids, i_b, i_h, o_t, H, G, T)
-    state = attend_tokens(empty_state(BT, BD), task, b_query, 0, K * C, K, C, D, BD, BJ, SAME, WIDE)
+    state = attend_tokens(empty_state(BT, BD), task, bank.scale, b_query, 0, K * C, K, C, D, BD, BJ, SAME, WIDE)
     b_out, b_lse = finish(state)
 
     o_d = tl.arange(0, BD)
@@ -68,17 +68,28 @@ def memory_attention_local_kernel(
         key_mask, dropout: Mask, Dropout, or None.
         memory: Part, read; p_out [B, H, T, D] and local, a Part, are written.
     """
-    H, _, T, S = sizes
+    H, G, T, S = sizes
     blocks = tl.cdiv(T, BT)
     pid = tl.program_id(0)
     i_block = blocks - 1 - pid % blocks  # with causal=True the last block has most keys: start it first
     i_h = (pid // blocks % H).to(tl.int64)
     i_b = (pid // blocks // H).to(tl.int64)
+    i_g = i_h // (H // G)
 
-    task = local_block(
-        query, key, value, p_slopes, key_mask, dropout, sizes, scale, window, i_b, i_h, i_block, D, BT, BD
-    )
-    begin, all_begin, all_end, end = seen_keys(task.first, task.first + BT - 1, S, window, CAUSAL, BS)
+    o_t = i_block * BT + tl.arange(0, BT)
+    first = S - T + i_block * BT  # position of the first query
+    slope = None
+    if p_slopes is not None:
+        slope = alibi_slope(p_slopes, i_h)
+    b_row = None
+    if dropout is not None:
+        b_row = dropout_rows(dropout, (i_b * H + i_h) * T + o_t)
+    b_query = load_rows(of_head(query, i_b, i_h), o_t, T, D, BD, True)
+    task = Local(
+        b_query, first + tl.arange(0, BT), first, of_head(key, i_b, i_g), of_head(value, i_b, i_g),
+        Visible(S, key_mask, window, i_b), scale, slope, dropout, b_row,
+    )  # fmt: skip
+    begin, all_begin, all_end, end = seen_keys(first, first + BT - 1, S, window, CAUSAL, BS)
     state = empty_state(BT, BD)
     if window is not None:
         state = attend(state, task, begin, all_begin, CAUSAL, True, RISING, False, D, BS, BD)
@@ -92,7 +103,7 @@ def memory_attention_local_kernel(
         b_out *= dropout.kept_scale
     b_lse *= LN2
     o_d = tl.arange(0, BD)
-    m_t = i_block * BT + tl.arange(0, BT) < T
+    m_t = o_t < T
     m_out = m_t[:, None] & (o_d < D)[None, :]
     first_row = (i_b * H + i_h) * T + i_block * BT
     o_row = tl.arange(0, BT)

@@ -21,7 +21,7 @@ class Retrieved(NamedTuple):
     Attributes:
         o_t: [BT], the queries; those from T on do not exist.
         key, value: of the row's ring and the head, with M slots.
-        p_scale: of the same ring and head, or None.
+        o_scale: the offset of the scales of the same ring and head.
         ids: of the row and the head.
     """
 
@@ -29,7 +29,7 @@ class Retrieved(NamedTuple):
     T: Any
     key: Chunks
     value: Chunks
-    p_scale: Any
+    o_scale: Any
     M: Any
     ids: Ids
 
@@ -42,10 +42,7 @@ def retrieved(bank, ids, i_b, i_h, o_t, H, G, T):
     key = _of_head(bank.key, i_r, i_g)
     value = _of_head(bank.value, i_r, i_g)
     ids = Ids(ids.ptr + i_b * ids.b + i_h * ids.h, ids.b, ids.h, ids.t, ids.k)
-    p_scale = None
-    if bank.scale is not None:
-        p_scale = bank.scale + (i_r * G + i_g) * M * 2
-    return Retrieved(o_t, T, key, value, p_scale, M, ids)
+    return Retrieved(o_t, T, key, value, (i_r * G + i_g) * M * 2, M, ids)
 
 
 @triton.jit
@@ -58,15 +55,14 @@ class Tokens(NamedTuple):
 
     Attributes:
         m_there: [BJ, BT], which tokens exist.
-        b_key, b_value: [BJ, BT, BD] float32, zero where there is none.
-        b_key_scale, b_value_scale: [BJ, BT], what they are yet to be multiplied by; None when memory is not float8.
+        b_slot: [BJ, BT], the slots of their chunks.
+        b_key, b_value: [BJ, BT, BD] float32, zero where there is none; of float8, yet to be multiplied by scales.
     """
 
     m_there: Any
+    b_slot: Any
     b_key: Any
     b_value: Any
-    b_key_scale: Any
-    b_value_scale: Any
 
 
 @triton.jit
@@ -90,16 +86,19 @@ def load_tokens(
         o_value = b_slot * task.value.m + o_c * task.value.c
     b_key = _stored(task.key.ptr, o_key, m_there, D, BD)
     b_value = _stored(task.value.ptr, o_value, m_there, D, BD)
-    b_key_scale = None
-    b_value_scale = None
-    if task.p_scale is not None:
-        p_chunk = task.p_scale + b_slot.to(tl.int64) * 2
-        b_key_scale = tl.load(p_chunk, mask=m_there, other=0.0)
-        b_value_scale = tl.load(p_chunk + 1, mask=m_there, other=0.0)
-        if task.key.ptr.dtype.element_ty == tl.uint8:  # see _numbers
-            b_key_scale *= 256.0
-            b_value_scale *= 256.0
-    return Tokens(m_there, b_key, b_value, b_key_scale, b_value_scale)
+    return Tokens(m_there, b_slot, b_key, b_value)
+
+
+@triton.jit
+def token_scales(task, p_scale, tokens):
+    """Scales [BJ, BT] of keys and values of tokens; `p_scale` points to those of the bank."""
+    p_chunk = p_scale + task.o_scale + tokens.b_slot.to(tl.int64) * 2
+    b_key_scale = tl.load(p_chunk, mask=tokens.m_there, other=0.0)
+    b_value_scale = tl.load(p_chunk + 1, mask=tokens.m_there, other=0.0)
+    if task.key.ptr.dtype.element_ty == tl.uint8:  # see _numbers
+        return b_key_scale * 256.0, b_value_scale * 256.0
+    else:
+        return b_key_scale, b_value_scale
 
 
 @triton.jit
@@ -129,7 +128,7 @@ def _numbers(b_stored):
 
 @triton.jit
 def attend_tokens(
-    state, task, b_query, begin, end,
+    state, task, p_scale, b_query, begin, end,
     K: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr,
     SAME: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -141,12 +140,13 @@ def attend_tokens(
     for start in range(begin, end, BJ):
         tokens = load_tokens(task, start, K, C, D, BD, BJ, SAME, WIDE)
         b_score = tl.sum(b_query[None, :, :] * tokens.b_key, axis=2)  # [BJ, BT]
-        if tokens.b_key_scale is not None:
-            b_score *= tokens.b_key_scale
+        if p_scale is not None:
+            b_key_scale, b_value_scale = token_scales(task, p_scale, tokens)
+            b_score *= b_key_scale
         b_score = tl.where(tokens.m_there, b_score, float("-inf"))
         state, b_weight = online_softmax(state, b_score, None, 0)
-        if tokens.b_value_scale is not None:
-            b_weight *= tokens.b_value_scale
+        if p_scale is not None:
+            b_weight *= b_value_scale
         b_out = state.out + tl.sum(b_weight[:, :, None] * tokens.b_value, axis=0)
         state = State(state.max, state.sum, b_out)
     return state

@@ -9,19 +9,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from longmem_kernels._triton import Rows, dot, narrow, of_head
+from longmem_kernels._triton import Rows, dot, narrow
 
 from .scores import (
     Visible,
     alibi_bias,
     alibi_rows,
-    alibi_slope,
-    dropout_rows,
     finite_numbers,
     kept_by_dropout,
     load_rows,
     local_scores,
-    visible_in_row,
+    mask_pointer,
 )
 from .softmax import LOG2E, State, online_softmax
 from .views import Dropout
@@ -36,7 +34,7 @@ class Local(NamedTuple):
         key, value: of the row and the head.
         scale: of scores.
         slope: ALiBi's, in units of log 2, a number or [BT, 1]; None without ALiBi.
-        dropout: None without dropout; b_row: [BT], what `dropout_rows` says of the queries' rows.
+        dropout: None without dropout; b_row: [BT], what `dropout_rows` says of the queries' rows, or None.
     """
 
     b_query: Any
@@ -49,29 +47,6 @@ class Local(NamedTuple):
     slope: Any
     dropout: Dropout
     b_row: Any
-
-
-@triton.jit
-def local_block(
-    query, key, value, p_slopes, key_mask, dropout, sizes, scale, window, i_b, i_h, i_block,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """`Local` of the queries of block `i_block`, in row `i_b` and head `i_h` (both int64)."""
-    i_g = i_h // (sizes.H // sizes.G)
-    o_t = i_block * BT + tl.arange(0, BT)
-    first = sizes.S - sizes.T + i_block * BT
-    return Local(
-        load_rows(of_head(query, i_b, i_h), o_t, sizes.T, D, BD, True),
-        first + tl.arange(0, BT),
-        first,
-        of_head(key, i_b, i_g),
-        of_head(value, i_b, i_g),
-        visible_in_row(sizes.S, key_mask, window, i_b),
-        scale,
-        alibi_slope(p_slopes, i_h),
-        dropout,
-        dropout_rows(dropout, (i_b * sizes.H + i_h) * sizes.T + o_t),
-    )
 
 
 @triton.jit
@@ -98,7 +73,9 @@ def attend(
             b_value = finite_numbers(b_value)
         b_dot = dot(task.b_query, tl.trans(b_key))
         if MASKED or not RISING or slope is not None or visible.key_mask is not None:
-            b_bias = alibi_bias(slope, task.o_query, start, task.first, BS, MASKED)
+            b_bias = None
+            if slope is not None:
+                b_bias = alibi_bias(slope, task.o_query, start, task.first, BS, MASKED)
             b_score = local_scores(
                 b_dot, b_bias, task.o_query[:, None], o_key[None, :], task.scale, visible, CAUSAL, MASKED
             )
@@ -133,8 +110,7 @@ def add_not_finite(b_out, task, begin, end, CAUSAL: tl.constexpr, D: tl.constexp
         if visible.window is not None:
             m_seen = m_seen & (task.o_query - i_key < visible.window)
         if visible.key_mask is not None:
-            p_mask = visible.key_mask.ptr + tl.cast(i_key, tl.int64) * visible.key_mask.s
-            m_seen = m_seen & (tl.load(p_mask) != 0)
+            m_seen = m_seen & (tl.load(mask_pointer(visible, tl.cast(i_key, tl.int64))) != 0)
         b_value = tl.where(b_value * 0.0 != 0.0, b_value, 0.0)
         b_out += tl.where(m_seen[:, None], b_value[None, :], 0.0)
     return b_out

@@ -12,24 +12,21 @@ import triton.language as tl
 from longmem_kernels._triton import narrow
 
 from .softmax import LOG2E
-from .views import Mask
 
 
 class Visible(NamedTuple):
-    """Which of the S keys a query sees, inside a kernel: `key_mask` is the row's; it and `window` may be None."""
+    """Which of the S keys queries of batch row `i_b` see, inside a kernel; `key_mask` and `window` may be None."""
 
     S: Any
     key_mask: Any
     window: Any
+    i_b: Any
 
 
 @triton.jit
-def visible_in_row(S, key_mask, window, i_b):
-    """`Visible` for queries of batch row `i_b`."""
-    if key_mask is not None:
-        return Visible(S, Mask(key_mask.ptr + i_b * key_mask.b, key_mask.b, key_mask.s), window)
-    else:
-        return Visible(S, None, window)
+def mask_pointer(visible, o_key):
+    """Where the key mask says whether keys `o_key` (int64) may be seen."""
+    return visible.key_mask.ptr + visible.i_b * visible.key_mask.b + o_key * visible.key_mask.s
 
 
 @triton.jit
@@ -67,11 +64,8 @@ def finite_numbers(b_rows):
 
 @triton.jit
 def alibi_slope(p_slopes, o_h):
-    """ALiBi slopes of heads `o_h` in units of log 2; None without ALiBi."""
-    if p_slopes is not None:
-        return tl.load(p_slopes + o_h).to(tl.float32) * LOG2E
-    else:
-        return None
+    """ALiBi slopes of heads `o_h`, in units of log 2."""
+    return tl.load(p_slopes + o_h).to(tl.float32) * LOG2E
 
 
 @triton.jit
@@ -81,9 +75,7 @@ def alibi_bias(slope, o_query, start, first, BS: tl.constexpr, MASKED: tl.conste
     When not MASKED, the queries' own part of the distance is left out (see `alibi_rows`): one number per key. No term
     of it is larger than the distance, so that nothing is lost to rounding.
     """
-    if slope is None:
-        return None
-    elif MASKED:
+    if MASKED:
         o_key = (start + tl.arange(0, BS)).to(tl.float32)
         return slope * (o_key[None, :] - o_query.to(tl.float32)[:, None])
     else:
@@ -135,7 +127,7 @@ def local_scores(b_dot, b_bias, o_query, o_key, scale, visible, CAUSAL: tl.const
             m_seen = m_seen & (o_query - o_key < visible.window)
         b_score = tl.where(m_seen, b_score, float("-inf"))
     if visible.key_mask is not None:
-        p_mask = visible.key_mask.ptr + o_key.to(tl.int64) * visible.key_mask.s
+        p_mask = mask_pointer(visible, o_key.to(tl.int64))
         m_key = tl.load(p_mask, mask=o_key < visible.S, other=0) if MASKED else tl.load(p_mask)
         b_score = tl.where(m_key != 0, b_score, float("-inf"))
     return b_score
@@ -157,14 +149,11 @@ def _mix(x):
 
 @triton.jit
 def dropout_rows(dropout, o_row):
-    """What the hash of a weight takes from the seed and from the number of its row, int64; None without dropout."""
-    if dropout is not None:
-        seed = tl.load(dropout.seed)
-        low = o_row.to(tl.uint32) ^ _mix(seed.to(tl.uint32))
-        high = (o_row >> 32).to(tl.uint32) ^ _mix((seed >> 32).to(tl.uint32) ^ 0x9E3779B9)
-        return _mix(_mix(low) ^ high)
-    else:
-        return None
+    """What the hash of a weight takes from the seed and from the number of its row, int64."""
+    seed = tl.load(dropout.seed)
+    low = o_row.to(tl.uint32) ^ _mix(seed.to(tl.uint32))
+    high = (o_row >> 32).to(tl.uint32) ^ _mix((seed >> 32).to(tl.uint32) ^ 0x9E3779B9)
+    return _mix(_mix(low) ^ high)
 
 
 @triton.jit
