@@ -111,9 +111,17 @@ def planned(make: Callable[_P, _T]) -> Callable[_P, _T]:
     return plan
 
 
+# Triton's `cdiv` and `next_power_of_2` are made for kernels: called on the host, each takes a microsecond or two.
+
+
 def blocks(length: int, size: int) -> int:
-    """How many blocks of `size` cover `length`. (Triton's `cdiv`, called on the host, takes microseconds.)"""
+    """How many blocks of `size` cover `length`."""
     return -(-length // size)
+
+
+def power_of_2(length: int) -> int:
+    """The smallest power of 2 that is not less than `length`, which is at least 1."""
+    return 1 << (length - 1).bit_length()
 
 
 @cache

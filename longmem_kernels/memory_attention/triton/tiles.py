@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
-import triton
-
 from longmem_kernels import _tiles
 
 Options: TypeAlias = dict[str, Any]
@@ -39,8 +37,8 @@ def gather_tiles(kernel: str, capability: tuple[int, int], size: int, D: int, to
     hold all of its tokens, and its softmax needs no other warp.
     """
     use = _tiles.choose(kernel, capability, bytes=size, D=D, tokens=tokens)
-    rows = max(1, 32 * 16 // size // triton.next_power_of_2(D))
-    return {**use, "BT": rows * use["num_warps"], "BJ": min(use["BJ"], triton.next_power_of_2(tokens))}
+    rows = max(1, 32 * 16 // size // _tiles.power_of_2(D))
+    return {**use, "BT": rows * use["num_warps"], "BJ": min(use["BJ"], _tiles.power_of_2(tokens))}
 
 
 class DecodePlan(NamedTuple):
@@ -70,10 +68,10 @@ def decode_plan(
     """Plan for `tokens` retrieved tokens a query. BT rows are queries of all heads that share keys; tl.dot needs 16."""
     rows = H // G * T
     use = _tiles.choose("memory_attention_decode_kernel", capability, dtype=dtype, D=D, rows=rows, tokens=tokens)
-    use = {"maxnreg": None, **use, "BJ": min(use["BJ"], triton.next_power_of_2(tokens))}
+    use = {"maxnreg": None, **use, "BJ": min(use["BJ"], _tiles.power_of_2(tokens))}
     programs = use.pop("programs")
     per_split, memory_splits = splits_of(tokens, use["BJ"], B * H * T, programs)
-    merge = {"D": D, "BP": MERGED, "BD": triton.next_power_of_2(D), "num_warps": 1}
+    merge = {"D": D, "BP": MERGED, "BD": _tiles.power_of_2(D), "num_warps": 1}
     return DecodePlan(use["BS"], programs, B * G * _tiles.blocks(rows, use["BT"]), per_split, memory_splits, use, merge)
 
 

@@ -174,7 +174,7 @@ def _memory_constants(
         "K": K,
         "C": C,
         "D": D,
-        "BD": triton.next_power_of_2(D),
+        "BD": _tiles.power_of_2(D),
         "SAME": key_strides == value_strides,
         "WIDE": max(ends) > 2**31,
     }
