@@ -36,7 +36,7 @@ DECODE_QUERIES = 16  # of a head, at most
 
 
 def few_queries(T: int) -> bool:
-    """Whether a call is for the kernels of decode.py: whatever else it asks for, they can do it."""
+    """True if a call is for the kernels of decode.py: whatever else it asks for, they can do it."""
     return T <= DECODE_QUERIES
 
 

@@ -16,7 +16,7 @@ from .views import Chunks, Ids
 
 
 class Retrieved(NamedTuple):
-    """What a block of queries of one head reads of memory, inside a kernel.
+    """Memory as a block of queries of one head reads it, inside a kernel.
 
     Attributes:
         o_t: [BT], the queries; those from T on do not exist.

@@ -15,7 +15,7 @@ from .softmax import LOG2E
 
 
 class Visible(NamedTuple):
-    """Which of the S keys queries of batch row `i_b` see, inside a kernel; `key_mask` and `window` may be None."""
+    """Visibility of the S keys to queries of batch row `i_b`, inside a kernel; `key_mask` and `window` may be None."""
 
     S: Any
     key_mask: Any
@@ -25,7 +25,7 @@ class Visible(NamedTuple):
 
 @triton.jit
 def mask_pointer(visible, o_key):
-    """Where the key mask says whether keys `o_key` (int64) may be seen."""
+    """Pointers to the key mask's entries of keys `o_key` (int64)."""
     return visible.key_mask.ptr + visible.i_b * visible.key_mask.b + o_key * visible.key_mask.s
 
 
@@ -45,13 +45,13 @@ def load_rows(rows, o_row, end, D: tl.constexpr, BD: tl.constexpr, CHECKED: tl.c
 
 @triton.jit
 def any_not_finite(b_tile):
-    """Whether a tile [rows, columns] of float32 holds NaN or infinity."""
+    """True if a tile [rows, columns] of float32 holds NaN or infinity."""
     return tl.max(tl.max((b_tile * 0.0 != 0.0).to(tl.int32), axis=1), axis=0) > 0
 
 
 @triton.jit
 def not_finite_rows(b_rows):
-    """Which rows of a tile [rows, BD] hold NaN or infinity."""
+    """Rows of a tile [rows, BD] that hold NaN or infinity, as a mask."""
     return tl.max((b_rows.to(tl.float32) * 0.0 != 0.0).to(tl.int32), axis=1) > 0
 
 
@@ -70,7 +70,7 @@ def alibi_slope(p_slopes, o_h):
 
 @triton.jit
 def alibi_bias(slope, o_query, start, first, BS: tl.constexpr, MASKED: tl.constexpr):
-    """What ALiBi adds to scores of keys start ... start + BS - 1, to broadcast to [BT, BS].
+    """ALiBi's term of the scores of keys start ... start + BS - 1, to broadcast to [BT, BS].
 
     When not MASKED, the queries' own part of the distance is left out (see `alibi_rows`): one number per key. No term
     of it is larger than the distance, so that nothing is lost to rounding.
@@ -85,7 +85,7 @@ def alibi_bias(slope, o_query, start, first, BS: tl.constexpr, MASKED: tl.conste
 
 @triton.jit
 def alibi_rows(slope, o_query, first):
-    """What `alibi_bias` leaves out of the distance of queries, from position `first`."""
+    """The part of the queries' distance, from position `first`, that `alibi_bias` leaves out."""
     return slope * (o_query - first).to(tl.float32)
 
 
@@ -135,7 +135,7 @@ def local_scores(b_dot, b_bias, o_query, o_key, scale, visible, CAUSAL: tl.const
 
 @triton.jit
 def seen_pairs(b_score, o_query, o_key, scale, visible, CAUSAL: tl.constexpr):
-    """Which pairs of a block shaped as `b_score` are visible."""
+    """Visible pairs of a block shaped as `b_score`, as a mask."""
     return local_scores(tl.zeros_like(b_score), None, o_query, o_key, scale, visible, CAUSAL, True) == 0.0
 
 
@@ -149,7 +149,7 @@ def _mix(x):
 
 @triton.jit
 def dropout_rows(dropout, o_row):
-    """What the hash of a weight takes from the seed and from the number of its row, int64."""
+    """The hash of the seed and of row numbers `o_row` (int64): where the hash of a weight starts."""
     seed = tl.load(dropout.seed)
     low = o_row.to(tl.uint32) ^ _mix(seed.to(tl.uint32))
     high = (o_row >> 32).to(tl.uint32) ^ _mix((seed >> 32).to(tl.uint32) ^ 0x9E3779B9)
@@ -158,5 +158,5 @@ def dropout_rows(dropout, o_row):
 
 @triton.jit
 def kept_by_dropout(b_row, o_key, dropout):
-    """Which weights stay (see `dropout_keep` of the reference): rows and positions of keys are shaped to broadcast."""
+    """Weights that stay, as a mask (see `dropout_keep` of the reference). Rows and positions of keys broadcast."""
     return _mix(b_row ^ (o_key.to(tl.uint32) * 0x9E3779B1)) >= tl.cast(dropout.threshold, tl.uint32)

@@ -89,7 +89,7 @@ class Part(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """Pointers to what the gradient kernels know of each row of a part, float32 [B, H, T]; see backward.py."""
+    """Pointers to two numbers of a part for each row, float32 [B, H, T], for the gradient kernels; see backward.py."""
 
     base: Any
     offset: Any
