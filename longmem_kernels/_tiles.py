@@ -45,7 +45,8 @@ SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
 """Shared memory that a block can have on every GPU that uses the table."""
 
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
