@@ -101,7 +101,7 @@ def choose(kernel: str, capability: tuple[int, int], **facts: int | str | bool) 
 def planned(make: Callable[_P, _T]) -> Callable[_P, _T]:
     """`make`, a function of a launch's facts alone that asks `choose`, with its results kept: a call like an earlier
     one plans nothing again. Within `forced` and `noted` it does. The caller must not change what it gets."""
-    kept = lru_cache(maxsize=4096)(make)
+    kept: Callable[..., _T] = lru_cache(maxsize=4096)(make)
 
     @wraps(make)
     def plan(*args: _P.args, **kwargs: _P.kwargs) -> _T:
