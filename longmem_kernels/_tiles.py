@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache, wraps
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 
@@ -43,6 +43,10 @@ FOLDER = Path(__file__).parent / "tiles"
 ARCHITECTURES = (80, 90)  # compute capability 8.0 and 9.0
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
 """Shared memory that a block can have on every GPU that uses the table."""
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ _forced: dict[str, Use] = {}
 _noted: list[Lookup] | None = None
 
 
+@cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; that of Hopper for the interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
@@ -91,6 +96,33 @@ def choose(kernel: str, capability: tuple[int, int], **facts: int | str | bool) 
     if _noted is not None:
         _noted.append(Lookup(kernel, architecture(capability), tuple(facts.items()), tuple(found.items())))
     return found
+
+
+def planned(make: Callable[_P, _T]) -> Callable[_P, _T]:
+    """`make`, a function of a launch's facts alone that asks `choose`, with its results kept: a call like an earlier
+    one plans nothing again. Within `forced` and `noted` it does. The caller must not change what it gets."""
+    kept: Callable[..., _T] = lru_cache(maxsize=4096)(make)
+
+    @wraps(make)
+    def plan(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if _forced or _noted is not None:
+            return make(*args, **kwargs)
+        return kept(*args, **kwargs)
+
+    return plan
+
+
+# Triton's `cdiv` and `next_power_of_2` are made for kernels: called on the host, each takes a microsecond or two.
+
+
+def blocks(length: int, size: int) -> int:
+    """How many blocks of `size` cover `length`."""
+    return -(-length // size)
+
+
+def power_of_2(length: int) -> int:
+    """The smallest power of 2 that is not less than `length`, which is at least 1."""
+    return 1 << (length - 1).bit_length()
 
 
 @cache

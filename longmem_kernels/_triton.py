@@ -1,4 +1,14 @@
-"""Device functions shared by the Triton kernels."""
+"""Views and device functions shared by the Triton kernels.
+
+Names inside kernels say by a prefix what they hold:
+
+    p_  a pointer                         i_  an index of this program: i_b batch row, i_h head, i_g key/value head
+    b_  a block of numbers, in registers  o_  offsets: a block of indices along an axis, or of distances in memory
+    m_  a mask, which of a block count    s_  a stride
+
+A view (`Rows`, or those of an op) has no prefix, nor has a size (B, H, G, T, S, R, M, K, C, D as everywhere). Tile
+sizes begin with B: BT of the T axis, BD the next power of two of D.
+"""
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -26,6 +36,12 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Rows:
         return cls(tensor, *tensor.stride()[:3])
+
+
+@triton.jit
+def of_head(rows, i_b, i_h):
+    """The rows of one batch row and head (both int64)."""
+    return Rows(rows.ptr + i_b * rows.b + i_h * rows.h, rows.b, rows.h, rows.t)
 
 
 @triton.jit

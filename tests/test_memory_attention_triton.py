@@ -20,7 +20,7 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device: run by test_triton_interpreter.py", allow_module_level=True)
 
 from longmem_kernels import _tiles, memory_attention  # noqa: E402
-from longmem_kernels.memory_attention import triton as triton_forward  # noqa: E402
+from longmem_kernels.memory_attention import triton as triton_kernels  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
 DEVICE = "cuda" if CUDA else "cpu"
@@ -31,7 +31,7 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """`only(name)`: all calls go to the kernels for few queries ("decode"), or all to the others ("general")."""
 
     def choose(kernels: str) -> None:
-        monkeypatch.setattr(triton_forward, "few_queries", lambda T: kernels == "decode")
+        monkeypatch.setattr(triton_kernels, "few_queries", lambda T: kernels == "decode")
 
     return choose
 
@@ -296,9 +296,7 @@ def test_decode_equals_the_last_row_of_prefill(name: str, only: Callable[[str], 
 
 
 def test_few_queries_are_decoded() -> None:
-    from longmem_kernels.memory_attention import triton_decode
-
-    assert triton_decode.few_queries(1) and triton_decode.few_queries(16) and not triton_decode.few_queries(17)
+    assert triton_kernels.few_queries(1) and triton_kernels.few_queries(16) and not triton_kernels.few_queries(17)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 64])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,7 +24,7 @@ from triton_budget import (
     shortest_turns,
 )
 
-import longmem_kernels  # noqa: F401  (declares the ops)
+import longmem_kernels
 from longmem_kernels import _tiles
 from longmem_kernels._dispatch import _interpreted
 
@@ -58,6 +60,7 @@ def op_launches(
     bank_dtype: torch.dtype | None = None,
     B: int = 2,
     T: int = 64,
+    S: int = 256,
     R: int = 2,
     G: int = 2,
     D: int = 64,
@@ -71,7 +74,7 @@ def op_launches(
     dropout_p: float = 0.0,
 ) -> list[Launch]:
     """What chunk_topk and memory_attention, forward and backward, launch at these sizes on sm_`capability`."""
-    H, S, M = 4, 256, 1024
+    H, M = 4, 1024
     bank_dtype = bank_dtype or dtype
 
     def local(heads: int, tokens: int) -> torch.Tensor:
@@ -105,6 +108,42 @@ def test_compiles_within_budget(case: str, capability: int, record_property: pyt
         if not usage.fits(capability):
             over.append(f"{launch.name}: {usage}")
     assert not over, "\n".join(over)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kernels"),
+    [(1, {"decode", "memory_query_grad", "query_grad", "key_value_grad"}),
+     (64, {"memory", "local", "memory_query_grad", "query_grad", "key_value_grad"})],
+    ids=["decode", "prefill"],
+)  # fmt: skip
+def test_a_call_like_an_earlier_one_plans_nothing(
+    tokens: int, kernels: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one with more local keys, as each decoding step has; and it is launched as the earlier one was."""
+    looked_up: list[str] = []
+    choose = _tiles.choose
+    monkeypatch.setattr(
+        _tiles, "choose", lambda kernel, *a, **facts: looked_up.append(kernel) or choose(kernel, *a, **facts)
+    )
+    calls = []
+    for keys in (256, 256, 257):
+        looked_up.clear()
+        found = op_launches(96 + tokens % 2, T=tokens, S=keys)  # GPUs that no other test asks for
+        calls.append(({name for name in looked_up if "memory_attention" in name}, [launch.options for launch in found]))
+    (first, options), *later = calls
+    assert first == {f"memory_attention_{kernel}_kernel" for kernel in kernels}
+    assert later == [(set(), options)] * 2
+
+
+def test_no_kernel_takes_more_arguments_than_a_reader_does() -> None:
+    counts = {}
+    for path in Path(longmem_kernels.__file__).parent.glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(one) == "triton.jit" for one in node.decorator_list
+            ):
+                counts[node.name] = len(node.args.args)
+    assert len(counts) > 50 and {name: count for name, count in counts.items() if count > 24} == {}
 
 
 def test_innermost_loops_are_found() -> None:

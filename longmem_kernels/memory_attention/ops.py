@@ -58,15 +58,15 @@ def _fake_backward(
 
 @torch.library.impl("longmem::memory_attention_triton", ("CUDA", "CPU"))
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from .triton import memory_attention_forward  # on first use, so that the package imports without Triton
+    from .triton import Call, memory_attention_forward  # on first use, so that the package imports without Triton
 
     _check(*args[:_INPUT_COUNT], window=args[-2])
-    return memory_attention_forward(*args)
+    return memory_attention_forward(Call.of(*args))
 
 
 @torch.library.impl("longmem::memory_attention_backward_triton", ("CUDA", "CPU"))
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from .triton_backward import memory_attention_backward
+    from .triton import Call, Part, memory_attention_backward
 
     grad, local_lse_grad, memory_lse_grad, *inputs = args[: 3 + _INPUT_COUNT]
     arguments = _check(*inputs, window=args[-6])
@@ -77,7 +77,8 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     for out, lse in zip(args[-4::2], args[-3::2], strict=True):
         arguments.expect("local_out or memory_out", out, query.shape, torch.float32, whole=True)
         arguments.expect("local_lse or memory_lse", lse, query.shape[:3], torch.float32, whole=True)
-    return memory_attention_backward(*args)
+    call, saved = Call.of(*args[3:-4]), args[-4:]
+    return memory_attention_backward(call, grad, local_lse_grad, memory_lse_grad, Part(*saved[:2]), Part(*saved[2:]))
 
 
 def _check(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from longmem_kernels import _tiles
@@ -35,19 +34,19 @@ def chunk_topk_triton(
     how = how_to_score(query.dtype, centroid.dtype, rows)
     use = search_tiles(query.device, how, rows, D, k)
     BT, BN, capacity, lanes = use["BT"], use["BN"], use["CAPACITY"], LANES.value
-    blocks = triton.cdiv(rows, BT)
-    splits = _splits(B * G * blocks * use["num_warps"], triton.cdiv(M, BN))
+    blocks = _tiles.blocks(rows, BT)
+    splits = _splits(B * G * blocks * use["num_warps"], _tiles.blocks(M, BN))
     lists = query.new_empty((B, G, blocks * BT, splits, lanes, capacity), dtype=torch.int64)
     lengths = query.new_empty(lists.shape[:-1], dtype=torch.int32)
     norms = None
     q, c = Rows.of(query), Rows.of(centroid)
-    BK = max(2, triton.next_power_of_2(k))
+    BK = max(2, _tiles.power_of_2(k))
     # A warp for each query, that asks no other warp; with few queries, more warps for each.
-    BW, warps = min(triton.next_power_of_2(splits * lanes * capacity), DECIDED), 1 if B * H * T > WARPS // 4 else 4
+    BW, warps = min(_tiles.power_of_2(splits * lanes * capacity), DECIDED), 1 if B * H * T > WARPS // 4 else 4
     with torch.cuda.device_of(query):
         if how == "coarse":
-            norms = query.new_empty((R, G, triton.cdiv(M, BN)), dtype=torch.float32)
-            BD = triton.next_power_of_2(D)
+            norms = query.new_empty((R, G, _tiles.blocks(M, BN)), dtype=torch.float32)
+            BD = _tiles.power_of_2(D)
             chunk_topk_norm_kernel[(norms.numel(),)](c, count, norms, G, M, D=D, BD=BD, BN=BN, num_warps=4)
         chunk_topk_search_kernel[(B * G * blocks * splits,)](
             q, c, count, ring_index, norms, lists, lengths, H, G, T, R, M, k, splits, HOW=HOW[how], D=D, **use
@@ -74,7 +73,7 @@ def search_tiles(device: torch.device, how: str, rows: int, head_dim: int, k: in
     lists of CAPACITY entries, head dims in pieces of PIECE, a pipeline of STAGES. `search.py` says what must hold."""
     kernel, capability = "chunk_topk_search_kernel", _tiles.capability(device)
     use = _tiles.choose(kernel, capability, how=how, rows=rows, D=head_dim, K=k)
-    return {**use, "PIECE": min(use["PIECE"], triton.next_power_of_2(head_dim))}
+    return {**use, "PIECE": min(use["PIECE"], _tiles.power_of_2(head_dim))}
 
 
 def _splits(warps: int, tiles: int) -> int:
