@@ -6,12 +6,15 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common/arguments.h"
+#include "common/new_tensor.h"
+#include "common/parallel.h"
 #include "common/scalar.h"
 #include "common/simd.h"
 
@@ -40,9 +43,8 @@ Task task_for(bool few) {
 }
 
 void run(const ChunkTopkParams& p, int64_t tasks, Task task) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) task(p, i);
-  });
+  const int64_t searches = p.B / p.rows * p.G, slots = *std::max_element(p.count, p.count + p.R);
+  run_tasks(tasks, searches * chunk_topk_queries(p) * slots * p.D, [&](int64_t i) { task(p, i); });
 }
 
 // Whether `a` comes before `b`, from lower slots: numbers in descending order, then NaN.
@@ -112,8 +114,9 @@ std::tuple<Tensor, Tensor> run_cpu(Tensor query, Tensor centroid, Tensor count,
   ChunkTopkParams p{};
   p.B = query.size(0), p.H = query.size(1), p.T = query.size(2), p.D = query.size(3), p.K = k;
   p.R = centroid.size(0), p.G = centroid.size(1), p.M = centroid.size(2);
-  Tensor ids = torch::stable::new_empty(query, {p.B, p.H, p.T, p.K}, ScalarType::Int);
-  Tensor scores = torch::stable::new_empty(query, {p.B, p.H, p.T, p.K}, ScalarType::Float);
+  const std::array<int64_t, 4> results{p.B, p.H, p.T, p.K};
+  Tensor ids = new_tensor(query, results, ScalarType::Int);
+  Tensor scores = new_tensor(query, results, ScalarType::Float);
   p.rows = p.R == 1 ? p.B : 1;
   if (p.B * p.T == 0) return {ids, scores};
 
