@@ -78,11 +78,15 @@ def signature(tensors: tuple[Tensor | None, ...], options: tuple[object, ...]) -
     if not _PLAIN.issuperset(kinds):
         return None
     key: list[object] = [kinds, options]
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-        elif type(tensor) not in (Tensor, Parameter) or tensor.layout is not torch.strided or tensor.is_nested:
-            return None
-        else:
+    try:
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+                continue
+            kind = type(tensor)
+            if (kind is not Tensor and kind is not Parameter) or tensor.layout is not torch.strided:
+                return None
             key.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad))
+    except RuntimeError:  # nested tensors have no shape
+        return None
     return tuple(key)

@@ -9,9 +9,9 @@
 
 namespace longmem {
 
-// Multiply-adds that take about as long as waking a thread does, ten microseconds: with less for each thread,
-// fewer threads are faster.
-constexpr int64_t kWorthAThread = 131072;
+// Multiply-adds that take somewhat longer than waking a thread does, ten to twenty microseconds: with less
+// for each thread, fewer threads are faster.
+constexpr int64_t kWorthAThread = 262144;
 
 // Tasks 0 ... count - 1, each taken by the next thread that is free: they differ in length. `work`: the
 // multiply-adds of all of them together, about.
