@@ -46,6 +46,19 @@ class Plan:
         raise refused
 
 
+def without_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` for inputs of which none requires a gradient: past the autograd layer of its torch op, which is written
+    in Python and takes as long as a search among 256 chunks."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return kernel
+
+    def run(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*arguments)
+
+    return run
+
+
 P = TypeVar("P")
 
 

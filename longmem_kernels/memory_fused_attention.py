@@ -50,8 +50,9 @@ def memory_fused_attention(
     # The implementation asked for is one of memory_attention's; chunk_topk has the same names.
     impl = options.get("impl", "auto")
     ids, _ = chunk_topk(searching, ring.centroid, k, count=ring.count(), ring_index=ring_index, impl=impl)
+    memory_key, memory_value = ring.store.unbind(3)  # `Ring.key` and `Ring.value` in one call
     return memory_attention(
-        query, key, value, ring.key, ring.value, ids,
+        query, key, value, memory_key, memory_value, ids,
         memory_query=memory_query, memory_scale=ring.scale, ring_index=ring_index, **options,
     )  # fmt: skip
 

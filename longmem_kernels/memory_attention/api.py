@@ -28,7 +28,7 @@ from .._checks import (
     packed_last_axis,
 )
 from .._dispatch import choose
-from .._plans import Plan, Plans
+from .._plans import Plan, Plans, without_autograd
 from .reference import memory_attention_reference, memory_share
 
 OP = "memory_attention"
@@ -211,6 +211,8 @@ def _plan(
         return _Plan(_reference, False, scale, window, dropout_p, False)
     check_differentiation(op, name, query, key, value, memory_query, memory_key, memory_value, gate, alibi_slopes)
     kernel = getattr(torch.ops.longmem, f"{op}_{name}").default
+    if not any(x is not None and x.requires_grad for x in (query, key, value, memory_query, gate)):
+        kernel = without_autograd(kernel)
     return _Plan(kernel, name == "cpp", scale, window, dropout_p, True)
 
 
