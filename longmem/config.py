@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from longmem_kernels._checks import check_integer, check_number, check_truth
 
 from .files import check_fields, fields_of
 
 SIDENETS = ("none", "exact", "paper")
+
+
+def check_types(config: Any) -> None:
+    """Raises TypeError where a number, truth value or text of a configuration is none, ValueError where not finite."""
+    op = type(config).__name__
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type == "int":
+            check_integer(op, field.name, value)
+        elif field.type == "float":
+            check_number(op, field.name, value)
+        elif field.type == "bool":
+            check_truth(op, field.name, value)
+        elif field.type == "str" and not isinstance(value, str):
+            raise TypeError(f"{op}: {field.name} must be a text, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,7 @@ class LongMemConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_layers", tuple(self.memory_layers))  # JSON has lists
+        check_types(self)
 
     def check(self, layers: int, max_segment: int | None = None) -> None:
         """Raises ValueError when a value is out of range for a backbone of `layers` layers, whose positions reach

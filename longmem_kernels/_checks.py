@@ -86,13 +86,14 @@ class Sizes:
             )
 
 
-def check_integer(op: str, name: str, value: object, low: int, high: int | None = None) -> int:
+def check_integer(op: str, name: str, value: object, low: int | None = None, high: int | None = None) -> int:
     """`value` as an int from `low` to `high`: of Python or NumPy, not a truth value."""
-    wanted = f"an integer of at least {low}" + ("" if high is None else f" and at most {high}")
+    limits = [f"at {word} {limit}" for word, limit in (("least", low), ("most", high)) if limit is not None]
+    wanted = "an integer" + (f" of {' and '.join(limits)}" if limits else "")
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be {wanted}, got {_shown(value)}")
     number = int(value)
-    if number < low or (high is not None and number > high):
+    if (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"{op}: {name} must be {wanted}, got {number}")
     return number
 

@@ -12,6 +12,8 @@ from factories import random_ring
 from torch import ones, randn, zeros
 
 import longmem_kernels
+from longmem import LongMemConfig
+from longmem.training.config import TrainConfig
 from longmem_kernels import Ring, chunk_topk, memory_attention, memory_fused_attention, ring_write
 
 FLOAT8 = torch.float8_e4m3fn
@@ -85,6 +87,24 @@ def test_every_wrong_argument_is_refused_in_words(subject: Subject) -> None:
 @pytest.mark.parametrize("subject", subjects(), ids=lambda s: f"{s.name}-{s.good.get('impl', '')}")
 def test_the_good_call_is_good(subject: Subject) -> None:
     subject.function(**subject.good)
+
+
+def test_every_wrong_value_of_a_configuration_is_refused_in_words() -> None:
+    """Types, and the ranges of TrainConfig; those of LongMemConfig depend on the backbone (`LongMemConfig.check`)."""
+    train, model = vars(TrainConfig()), vars(LongMemConfig(memory_layers=(0,)))
+    failed = []
+    for subject in (
+        Subject("TrainConfig", TrainConfig, train, any_value=("warmup", "weight_decay", "usage_weight", "seed")),
+        Subject("LongMemConfig", LongMemConfig, model, any_value=tuple(model), untried=("memory_layers",)),
+    ):
+        assert not subject.missing()
+        ranges = ("is another text",) if subject.function is LongMemConfig else ()
+        failed += [
+            f"{what}: {why}"
+            for what, name, changes in subject.wrong()
+            if not (ranges and what.endswith(ranges)) and (why := subject.refuses(name, changes))
+        ]
+    assert not failed, "\n".join(failed)
 
 
 def test_every_public_function_is_tried() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from longmem.config import check_types
 from longmem.precision import PRECISIONS
 
 PARALLEL = ("ddp", "fsdp")
@@ -54,6 +55,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "rows", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}")

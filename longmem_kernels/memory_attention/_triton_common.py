@@ -184,7 +184,7 @@ def add_not_finite(
 ):  # fmt: skip
     """b_out [BT, BD] with the values of keys begin ... end - 1 that are not finite, whatever they weigh."""
     o_d = tl.arange(0, BD)
-    for i_key in range(begin, end):
+    for i_key in tl.range(begin, end, num_stages=1):
         b_value = tl.load(p_value + tl.cast(i_key, tl.int64) * s_value_s + o_d, mask=o_d < D, other=0.0)
         b_value = b_value.to(tl.float32)
         m_seen = o_query == o_query
@@ -194,7 +194,8 @@ def add_not_finite(
             m_seen = m_seen & (o_query - i_key < window)
         if p_key_mask is not None:
             m_seen = m_seen & (tl.load(p_key_mask + tl.cast(i_key, tl.int64) * s_mask_s) != 0)
-        b_out += tl.where(m_seen[:, None] & (b_value * 0.0 != 0.0)[None, :], b_value[None, :], 0.0)
+        b_value = tl.where(b_value * 0.0 != 0.0, b_value, 0.0)
+        b_out += tl.where(m_seen[:, None], b_value[None, :], 0.0)
     return b_out
 
 
@@ -356,7 +357,9 @@ def attend(
     """One pass of flash attention over keys begin ... end - 1: the running maximum, sum and output after it."""
     if slope is not None and not MASKED:
         b_max += alibi_rows(slope, o_query, first)
-    for start in range(begin, end, BS):
+    # Registers are for the loops that usually run; those of float32 products take more without stages.
+    STAGES: tl.constexpr = 1 if CAREFUL and p_key.dtype.element_ty != tl.float32 else None
+    for start in tl.range(begin, end, BS, num_stages=STAGES):
         o_key = start + tl.arange(0, BS)
         b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
         b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)

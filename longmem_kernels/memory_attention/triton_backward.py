@@ -169,7 +169,8 @@ def _query_grad(
     """b_query_grad with what keys begin ... end - 1 add, not yet scaled."""
     if slope is not None and not MASKED:
         b_base += alibi_rows(slope, o_query, first)
-    for start in range(begin, end, BS):
+    STAGES: tl.constexpr = 1 if CAREFUL and BS > 16 else None
+    for start in tl.range(begin, end, BS, num_stages=STAGES):
         o_key = start + tl.arange(0, BS)
         b_key = load_rows(p_key, o_key, s_key_s, S, D, BD, MASKED)  # [BS, BD]
         b_value = load_rows(p_value, o_key, s_value_s, S, D, BD, MASKED)
@@ -254,10 +255,14 @@ def memory_attention_query_grad_kernel(
     )  # fmt: skip
 
     if any_not_finite(b_query_grad):
+        SMALLER: tl.constexpr = BS // 2 if BS > 16 else BS  # in registers beside what the loops above take
+        # Loaded once more, because what is kept for here takes registers from the loops above.
+        b_query = load_rows(p_query + i_b * s_query_b + i_h * s_query_h, o_t, s_query_t, T, D, BD, True)
+        b_grad = load_rows(p_grad + i_b * s_grad_b + i_h * s_grad_h, o_t, s_grad_t, T, D, BD, True)
         b_query_grad = _query_grad(
             tl.zeros([BT, BD], tl.float32), begin, end, b_query, b_grad, p_key, p_value, s_key_s, s_value_s,
             b_base, b_offset, o_query, first, S, scale, slope, p_key_mask, s_mask_s, window,
-            b_row, p_seed, threshold, kept_scale, CAUSAL, True, True, D, BS, BD,
+            b_row, p_seed, threshold, kept_scale, CAUSAL, True, True, D, SMALLER, BD,
         )  # fmt: skip
 
     o_d = tl.arange(0, BD)
@@ -281,7 +286,7 @@ def _key_value_grad(
     p_query += i_h * s_query_h
     p_grad += i_h * s_grad_h
     first_row = (i_b * H + i_h) * T
-    STAGES: tl.constexpr = 1 if CAREFUL else None  # registers are for the loops that usually run
+    STAGES: tl.constexpr = 1 if CAREFUL and p_query.dtype.element_ty != tl.float32 else None
     for start in tl.range(begin, end, BT, num_stages=STAGES):
         o_t = start + tl.arange(0, BT)
         m_t = o_t < T
@@ -374,17 +379,21 @@ def memory_attention_key_value_grad_kernel(
                 i_b, i_g * GROUP + i_head, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
                 p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, False, False, D, BT, BD,
             )  # fmt: skip
-    if any_not_finite(b_key_grad) | any_not_finite(b_value_grad):
+    if any_not_finite(b_key_grad + b_value_grad):
         b_key_grad = tl.zeros([BS, BD], tl.float32)
         b_value_grad = tl.zeros([BS, BD], tl.float32)
+        SMALLER: tl.constexpr = BT // 2 if BT > 16 else BT
         end = T
         if window is not None:
             end = all_begin
+        if p_key.dtype.element_ty == tl.float32:  # as above
+            b_key = load_rows(p_key + i_b * s_key_b + i_g * s_key_g, o_key, s_key_s, S, D, BD, True)
+            b_value = load_rows(p_value + i_b * s_value_b + i_g * s_value_g, o_key, s_value_s, S, D, BD, True)
         for i_head in range(GROUP):
             b_key_grad, b_value_grad = _key_value_grad(
                 b_key_grad, b_value_grad, begin, end, b_key, b_value, p_query, p_grad, p_slopes, p_base, p_offset,
                 i_b, i_g * GROUP + i_head, s_grad_h, s_grad_t, s_query_h, s_query_t, o_key, last, H, T, S, scale,
-                p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, True, True, D, BT, BD,
+                p_key_mask, s_mask_s, window, p_seed, threshold, kept_scale, CAUSAL, True, True, D, SMALLER, BD,
             )  # fmt: skip
 
     o_d = tl.arange(0, BD)
