@@ -59,7 +59,17 @@ class RatioCase:
 _SEARCH = Shape(B=1, T=64, H=2, G=2, D=64, M=4096)
 _ATTEND = Shape(B=1, T=32, H=2, G=2, D=64, M=1024)
 _WRITE = Shape(B=1, T=256, H=4, G=4, D=64, M=1024)
+# What is decided by the call itself, by long rows, and by many winners.
+_ONE_TOKEN = Shape(B=1, T=1, H=4, G=4, D=64, M=1024)
+_ATTEND_ONE = Shape(B=1, T=1, S=256, H=8, G=8, D=64, M=1024)
+_LONG_ROWS = Shape(B=1, T=64, H=2, G=2, D=128, M=4096)
+_MANY_WINNERS = Shape(B=1, T=1, H=4, G=4, D=64, M=16384, K=64)
 RATIOS = (
+    RatioCase("chunk_topk", _ONE_TOKEN, "faiss-cpu IndexFlatIP per head"),
+    RatioCase("chunk_topk", _ONE_TOKEN, "torch matmul + topk"),
+    RatioCase("chunk_topk", _LONG_ROWS, "faiss-cpu IndexFlatIP per head"),
+    RatioCase("chunk_topk", _MANY_WINNERS, "torch matmul + topk"),
+    RatioCase("memory_attention", _ATTEND_ONE, "eager composition"),
     RatioCase("chunk_topk", _SEARCH, "faiss-cpu IndexFlatIP per head"),
     RatioCase("chunk_topk", _SEARCH, "torch matmul + topk"),
     RatioCase("memory_attention", _ATTEND, "eager composition"),

@@ -140,7 +140,9 @@ def shapes_for(op: str, *, paper: bool) -> list[Shape]:
     # Nothing is trained one token at a time.
     if op in ("memory_attention_backward", "generate", "train_step"):
         return [shape]
-    return [shape, decoding(shape)]
+    # One token among few chunks: what the call itself costs decides.
+    small = [replace(decoding(shape), M=1024)] if op == "chunk_topk" else []
+    return [shape, decoding(shape), *small]
 
 
 def default_sweeps(op: str, *, paper: bool) -> dict[str, list[Shape]]:
@@ -153,7 +155,9 @@ def default_sweeps(op: str, *, paper: bool) -> dict[str, list[Shape]]:
             "M": vary(replace(few, R=1), M=[4096, 16384, 65536, 262144, 1048576]),
             "K": vary(few, K=[8, 16, 32, 64]),
             "D": vary(few, D=[64, 128]),
-            "T": vary(shape, T=[1, 16, 128, 1024]),
+            "M decoding": vary(one, M=[256, 1024, 4096, 16384, 65536, 262144]),
+            "T": vary(shape, T=[1, 4, 16, 64, 128, 1024]),
+            "T of a small memory": vary(replace(shape, M=256), T=[1, 4, 8, 16, 128]),
             "G": vary(few, G=[size for size in (1, 4, 16) if shape.H % size == 0]),
             "R": vary(replace(few, B=8 if paper else 2), R=[0, 1]),
             "B decoding": vary(replace(one, R=1), B=[1, 8, 64]),

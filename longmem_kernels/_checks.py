@@ -142,9 +142,9 @@ def check_last_axis_contiguous(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: the last axis of {name} must be contiguous, got strides {tuple(tensor.stride())}")
 
 
-def check_range(op: str, name: str, tensor: Tensor, low: int, high: int) -> None:
+def check_range(op: str, name: str, tensor: Tensor | None, low: int, high: int) -> None:
     """Values of an integer tensor must lie in [low, high). Read only where `values_readable`."""
-    if not values_readable(tensor) or tensor.numel() == 0:
+    if tensor is None or not values_readable(tensor) or tensor.numel() == 0:
         return
     if tensor.numel() <= FEW:  # reading them is quicker than launching an operation
         values = tensor.flatten().tolist()
@@ -166,7 +166,6 @@ def check_ring_index(op: str, ring_index: Tensor | None, sizes: Sizes) -> None:
         return
     sizes.bind("ring_index", ring_index, "B")
     check_dtype(op, "ring_index", ring_index, (torch.int32,))
-    check_range(op, "ring_index", ring_index, 0, rings)
 
 
 class KernelArguments:
@@ -220,7 +219,9 @@ class KernelArguments:
 
 def constant(tensor: Tensor) -> Tensor:
     """`tensor` without its part in differentiation, backward or forward."""
-    return forward_ad.unpack_dual(tensor.detach()).primal if _forward_mode() else tensor.detach()
+    if _forward_mode():
+        tensor = forward_ad.unpack_dual(tensor.detach()).primal
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def check_differentiation(op: str, impl: str, *tensors: Tensor | None) -> None:

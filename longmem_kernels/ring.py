@@ -131,7 +131,7 @@ class Ring:
 
     def count(self) -> Tensor:
         """[R] int32 in [0, M] whatever `cursor` holds, chunks searchable now (on the ring's device, no host sync)."""
-        return torch.clamp(self.cursor // self.chunk_size, 0, self.chunks).to(torch.int32)
+        return self.cursor.floor_divide(self.chunk_size).clamp_(0, self.chunks).to(torch.int32)
 
     def reset(self, rings: Tensor | None = None) -> None:
         """Empty all rings, or those where `rings` [R] bool is true. In place, no host sync; data stays, unread.

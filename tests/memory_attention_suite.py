@@ -128,7 +128,12 @@ class MemoryAttentionSuite:
         inputs.ids[:, :, 0] = -1
         want = self.op()(*op_arguments(inputs))
         inputs.ids[:, :, 0] = torch.tensor([9, -7, 2**31 - 1], dtype=torch.int32, device=self.device)
-        got = self.op()(*op_arguments(inputs))
+        if self.impl == "cpp":  # forward refuses them; backward, where they changed since, takes them for none
+            with pytest.raises(RuntimeError, match=r"memory_attention: chunk_ids must lie in \[-1, 9\), got"):
+                self.op()(*op_arguments(inputs))
+            got = want
+        else:
+            got = self.op()(*op_arguments(inputs))
         backward = self.op("_backward")(inputs.grads["out"], None, None, *op_arguments(inputs), *got[1:])
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)

@@ -58,6 +58,7 @@ def test_compiled_kernels_refuse_what_they_cannot_write() -> None:
 
 @pytest.mark.parametrize("implementation", ["reference", "cpp"])
 def test_compiled_attention_reads_no_chunk_that_is_none(implementation: str) -> None:
+    """The reference takes it for none, the C++ kernel refuses it."""
     bank, local = randn(R, G, M, C, D), randn(B, G, S, D)
     good = torch.randint(0, M, (B, H, T, K), dtype=torch.int32)
     bad = good.clone()
@@ -68,7 +69,14 @@ def test_compiled_attention_reads_no_chunk_that_is_none(implementation: str) -> 
         lambda ids: memory_attention(query, local, local, bank, bank, ids, fusion="joint", impl=implementation),
         backend="aot_eager",
     )
-    assert torch.equal(attend(bad), attend(good))
+    if implementation == "reference":
+        assert torch.equal(attend(bad), attend(good))
+        return
+    for row in range(H):  # each kind of bad id alone
+        ids = good.clone()
+        ids[:, row] = bad[:, row]
+        with pytest.raises(RuntimeError, match=r"memory_attention: chunk_ids must lie in \[-1, 6\), got"):
+            attend(ids)
 
 
 def test_references_treat_rings_that_do_not_exist_as_the_kernels_do_on_cuda() -> None:

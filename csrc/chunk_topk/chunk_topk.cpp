@@ -6,12 +6,15 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common/arguments.h"
+#include "common/new_tensor.h"
+#include "common/parallel.h"
 #include "common/scalar.h"
 #include "common/simd.h"
 
@@ -37,12 +40,6 @@ Task task_for(bool few) {
     default:
       return few ? baseline::chunk_topk_few_task : baseline::chunk_topk_task;
   }
-}
-
-void run(const ChunkTopkParams& p, int64_t tasks, Task task) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) task(p, i);
-  });
 }
 
 // Whether `a` comes before `b`, from lower slots: numbers in descending order, then NaN.
@@ -75,17 +72,26 @@ void merge_splits(const ChunkTopkParams& p) {
   }
 }
 
-void run_few(ChunkTopkParams p) {
-  const int64_t queries = chunk_topk_queries(p);
-  const int64_t most = *std::max_element(p.count, p.count + p.R);
-  p.splits = std::max<int64_t>(1, (most + kSplitSlots - 1) / kSplitSlots);
-  const int64_t tasks = p.B / p.rows * p.G * p.splits;
-  std::vector<int32_t> ids(tasks * queries * p.K);
-  std::vector<float> scores(tasks * queries * p.K);
+// Splits, when there are fewer tasks than keep all threads busy to the end; not into less than is worth it,
+// because each split finds K winners of its own.
+void run(ChunkTopkParams p) {
+  constexpr int64_t kLeastSlots = 2048, kTasksPerThread = 4;
+  const int64_t queries = chunk_topk_queries(p), searches = p.B / p.rows * p.G;
+  const bool few = queries <= kFewQueries;
+  const int64_t tasks = searches * (few ? 1 : chunk_topk_blocks(p));
+  const int64_t slots = std::max(*std::max_element(p.count, p.count + p.R), 1);
+  const int64_t wanted = (torch::stable::get_num_threads() * kTasksPerThread + tasks - 1) / tasks;
+  p.splits = std::max<int64_t>(1, std::min(wanted, slots / kLeastSlots));
+  // Whole tiles, so that none but the last is a rest.
+  p.split_slots = ((slots + p.splits - 1) / p.splits + kTileSlots - 1) / kTileSlots * kTileSlots;
+  p.splits = (slots + p.split_slots - 1) / p.split_slots;
+  std::vector<int32_t> ids(p.splits > 1 ? searches * p.splits * queries * p.K : 0);
+  std::vector<float> scores(ids.size());
   p.split_ids = ids.data();
   p.split_scores = scores.data();
-  run(p, tasks, task_for(true));
-  merge_splits(p);
+  const Task task = task_for(few);
+  run_tasks(tasks * p.splits, searches * queries * slots * p.D, [&](int64_t i) { task(p, i); });
+  if (p.splits > 1) merge_splits(p);
 }
 
 Arguments check(const Tensor& query, const Tensor& centroid, const Tensor& count,
@@ -112,8 +118,9 @@ std::tuple<Tensor, Tensor> run_cpu(Tensor query, Tensor centroid, Tensor count,
   ChunkTopkParams p{};
   p.B = query.size(0), p.H = query.size(1), p.T = query.size(2), p.D = query.size(3), p.K = k;
   p.R = centroid.size(0), p.G = centroid.size(1), p.M = centroid.size(2);
-  Tensor ids = torch::stable::new_empty(query, {p.B, p.H, p.T, p.K}, ScalarType::Int);
-  Tensor scores = torch::stable::new_empty(query, {p.B, p.H, p.T, p.K}, ScalarType::Float);
+  const std::array<int64_t, 4> results{p.B, p.H, p.T, p.K};
+  Tensor ids = new_tensor(query, results, ScalarType::Int);
+  Tensor scores = new_tensor(query, results, ScalarType::Float);
   p.rows = p.R == 1 ? p.B : 1;
   if (p.B * p.T == 0) return {ids, scores};
 
@@ -131,11 +138,7 @@ std::tuple<Tensor, Tensor> run_cpu(Tensor query, Tensor centroid, Tensor count,
   }
   p.query_type = scalar_of(query.scalar_type(), kOp, "query");
   p.centroid_type = scalar_of(centroid.scalar_type(), kOp, "centroid");
-  if (chunk_topk_queries(p) <= kFewQueries) {
-    run_few(p);
-  } else {
-    run(p, p.B / p.rows * p.G * chunk_topk_blocks(p), task_for(false));
-  }
+  run(p);
   return {ids, scores};
 }
 

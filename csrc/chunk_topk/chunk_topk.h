@@ -22,10 +22,11 @@ struct ChunkTopkParams {
   int64_t query_stride[3], centroid_stride[3];
   Scalar query_type, centroid_type;
 
-  // Few queries only: the winners of each task, ids and scores [B / rows, G, splits, queries, K].
+  // Tasks share the slots: the winners of each part, ids and scores [B / rows, G, splits, queries, K]. A
+  // score depends on its query and its centroid alone, so results depend on no splits.
   int32_t* split_ids;
   float* split_scores;
-  int64_t splits;
+  int64_t splits, split_slots;
 };
 
 // Queries that search the same centroids: [rows, H/G, T], one after another. Functions of this header are
@@ -45,21 +46,22 @@ static inline QueryPlace query_place(const ChunkTopkParams& p, int64_t search, i
           ((row * p.H + query_head) * p.T + token) * p.K};
 }
 
-// Up to so many queries per head of memory, memory is what takes time: tasks share the slots instead of the
-// queries. How many slots a task has depends on nothing, so that results do not depend on the threads.
+// Up to so many queries per head of memory, memory is what takes time.
 constexpr int64_t kFewQueries = 8;
-constexpr int64_t kSplitSlots = 2048;
+
+// Centroids that a task keeps in the first-level cache.
+constexpr int64_t kTileSlots = 128;
 
 // Queries one task searches for: as many as share one pass over a tile of centroids.
 constexpr int64_t kTaskQueries = 128;
 
-// Tasks are numbered (search * G + g) * blocks + block, over the queries that search the same centroids.
+// Tasks are numbered ((search * G + g) * splits + split) * blocks + block, over the queries that search the
+// same centroids; few tasks are for all queries, (search * G + g) * splits + split.
 static inline int64_t chunk_topk_blocks(const ChunkTopkParams& p) {
   return (chunk_topk_queries(p) + kTaskQueries - 1) / kTaskQueries;
 }
 
-// One task at one instruction set; the right one is chosen at run time. Few tasks are numbered
-// (search * G + g) * splits + split.
+// One task at one instruction set; the right one is chosen at run time.
 namespace baseline {
 void chunk_topk_task(const ChunkTopkParams& p, int64_t task);
 void chunk_topk_few_task(const ChunkTopkParams& p, int64_t task);

@@ -24,6 +24,15 @@ constexpr int kTogether = kLanes == 16 ? 4 : 2;
 
 constexpr int64_t kAhead = 32;  // rows between what is read and what is fetched
 
+// Begins to fetch n rows. Hardware alone fetches a third of what memory could deliver. Inlined, because GCC
+// takes a function that only fetches for one that does nothing.
+template <int n, typename Value>
+__attribute__((always_inline)) inline void fetch_rows(const Value* row, int64_t stride, int64_t D) {
+  for (int j = 0; j < n; ++j, row += stride) {
+    for (int64_t d = 0; d < D; d += 64 / sizeof(Value)) __builtin_prefetch(row + d);
+  }
+}
+
 // Lane l of the sum below comes from this lane of a and b (counted on), and from the one `apart` further on.
 constexpr int source(int apart, int l) {
   const int within = l % (2 * apart);
@@ -48,8 +57,8 @@ class FewTask {
         search_(task / p.splits / p.G),
         head_(task / p.splits % p.G),
         ring_(ring_of_row(p.ring_index, p.R, p.B, search_ * p.rows)),
-        begin_(task % p.splits * kSplitSlots),
-        end_(smaller(begin_ + kSplitSlots, p.count[ring_])),
+        begin_(task % p.splits * p.split_slots),
+        end_(smaller(begin_ + p.split_slots, p.count[ring_])),
         queries_(chunk_topk_queries(p)),
         padded_((p.D + kLanes - 1) / kLanes * kLanes),
         centroid_(static_cast<const Value*>(p.centroid) + ring_ * p.centroid_stride[0] +
@@ -72,8 +81,13 @@ class FewTask {
     }
     for (int64_t q = 0; q < queries_; ++q) {
       for (int nan = 0; nan < 2; ++nan) add_exceptional(q, nan != 0);
-      const int64_t to = (task_ * queries_ + q) * p_.K;
-      winners_.write(q, p_.split_ids + to, p_.split_scores + to);
+      if (p_.splits > 1) {
+        const int64_t to = (task_ * queries_ + q) * p_.K;
+        winners_.write(q, p_.split_ids + to, p_.split_scores + to);
+      } else {
+        const int64_t to = query_place(p_, search_, head_, q).in_results;
+        winners_.write(q, p_.ids + to, p_.scores + to);
+      }
     }
   }
 
@@ -93,15 +107,10 @@ class FewTask {
     return {rest_, p_.D, (1u << n) - 1};
   }
 
-  // Hardware alone fetches a third of what memory could deliver. Inlined, because GCC takes a function that
-  // only fetches for one that does nothing.
+  // Inlined, as `fetch_rows` is.
   __attribute__((always_inline)) void prefetch(int64_t m) const {
-    if (m + kAhead + kLanes > end_) return;
     const int64_t stride = p_.centroid_stride[2];
-    const Value* row = centroid_ + (m + kAhead) * stride;
-    for (int j = 0; j < kLanes; ++j, row += stride) {
-      for (int64_t d = 0; d < p_.D; d += 64 / sizeof(Value)) __builtin_prefetch(row + d);
-    }
+    if (m + kAhead + kLanes <= end_) fetch_rows<kLanes>(centroid_ + (m + kAhead) * stride, stride, p_.D);
   }
 
   template <int n>

@@ -11,17 +11,15 @@ namespace longmem {
 namespace LONGMEM_SIMD_NAMESPACE {
 namespace {
 
-constexpr int64_t kTile = 128;  // centroids kept in the first-level cache
-
-// Scores `n` centroids [n, D] against kQueries queries [D, kQueries].
-template <int n>
+// Scores `n` centroids [n, D] against the first vectors of a block of queries [D, kQueries].
+template <int n, int vectors>
 void score_block(const float* query, const float* centroid, int64_t stride, int64_t D, int32_t first_slot,
                  int64_t first_query, Winners& winners) {
-  Vector scores[n][kVectors];
-  multiply_rows<n>(centroid, stride, query, D, scores);
+  Vector scores[n][vectors];
+  multiply_rows<n, vectors>(centroid, stride, query, D, scores);
   const float* threshold = winners.threshold + first_query;
   for (int j = 0; j < n; ++j) {
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       for (uint32_t better = above(scores[j][v], load(threshold + v * kLanes)); better != 0;
            better &= better - 1) {
         const int lane = __builtin_ctz(better);
@@ -41,21 +39,24 @@ class Task {
  public:
   Task(const ChunkTopkParams& p, int64_t task)
       : p_(p),
-        search_(task / chunk_topk_blocks(p) / p.G),
-        head_(task / chunk_topk_blocks(p) % p.G),
+        part_(task / chunk_topk_blocks(p)),
+        search_(part_ / p.splits / p.G),
+        head_(part_ / p.splits % p.G),
         ring_(ring_of_row(p.ring_index, p.R, p.B, search_ * p.rows)),
-        count_(p.count[ring_]),
+        begin_(part_ % p.splits * p.split_slots),
+        end_(smaller(begin_ + p.split_slots, p.count[ring_])),
         first_(task % chunk_topk_blocks(p) * kTaskQueries),
         queries_(smaller(kTaskQueries, chunk_topk_queries(p) - first_)),
-        query_(kTaskQueries * p.D),
-        tile_(kTile * p.D),
-        winners_(p.K, queries_, kTaskQueries) {}
+        padded_((queries_ + kQueries - 1) / kQueries * kQueries),
+        query_(padded_ * p.D),
+        tile_(p.centroid_type == Scalar::f32 ? 0 : kTileSlots * p.D),
+        winners_(p.K, queries_, padded_) {}
 
   void run() {
     pack_queries();
-    for (int64_t m = 0; m < count_; m += kTile) score_tile(load_tile(m));
+    for (int64_t m = begin_; m < end_; m += kTileSlots) score_tile(load_tile(m));
     for (int64_t q = 0; q < queries_; ++q) {
-      for (int nan = 0; nan < 2 && winners_.found[q] < smaller(p_.K, count_); ++nan)
+      for (int nan = 0; nan < 2 && winners_.found[q] < smaller(p_.K, end_ - begin_); ++nan)
         add_exceptional(q, nan != 0);
     }
     write();
@@ -79,7 +80,7 @@ class Task {
   float* block_of(int64_t n) const { return query_ + n / kQueries * kQueries * p_.D + n % kQueries; }
 
   Tile load_tile(int64_t m) const {
-    const int64_t n = smaller(kTile, count_ - m), stride = p_.centroid_stride[2];
+    const int64_t n = smaller(kTileSlots, end_ - m), stride = p_.centroid_stride[2];
     const int64_t at = ring_ * p_.centroid_stride[0] + head_ * p_.centroid_stride[1] + m * stride;
     if (p_.centroid_type == Scalar::f32) return {static_cast<const float*>(p_.centroid) + at, stride, n, m};
     for (int64_t i = 0; i < n; ++i) {
@@ -90,16 +91,28 @@ class Task {
 
   void score_tile(const Tile& tile) {
     for (int64_t q = 0; q < queries_; q += kQueries) {
-      const float* query = query_ + q * p_.D;
-      int64_t i = 0;
-      for (; i < tile.n; i += i + kRows <= tile.n ? kRows : 1) {
-        const float* centroid = tile.data + i * tile.stride;
-        const auto slot = static_cast<int32_t>(tile.first + i);
-        if (i + kRows <= tile.n) {
-          score_block<kRows>(query, centroid, tile.stride, p_.D, slot, q, winners_);
-        } else {
-          score_block<1>(query, centroid, tile.stride, p_.D, slot, q, winners_);
-        }
+      if (queries_ - q > kLanes) {
+        score_tile<kRows, kVectors>(tile, q);
+      } else {
+        score_tile<kRows * kVectors, 1>(tile, q);
+      }
+    }
+  }
+
+  // For the block of queries from q on, in blocks of `rows` centroids.
+  template <int rows, int vectors>
+  void score_tile(const Tile& tile, int64_t q) {
+    const float* query = query_ + q * p_.D;
+    for (int64_t i = 0; i < tile.n; i += i + rows <= tile.n ? rows : 1) {
+      const float* centroid = tile.data + i * tile.stride;
+      const auto slot = static_cast<int32_t>(tile.first + i);
+      // The first block of queries brings the tile into the cache.
+      if (q == 0 && tile.data != tile_ && tile.first + i + kAhead + rows <= end_)
+        fetch_rows<rows>(centroid + kAhead * tile.stride, tile.stride, p_.D);
+      if (i + rows <= tile.n) {
+        score_block<rows, vectors>(query, centroid, tile.stride, p_.D, slot, q, winners_);
+      } else {
+        score_block<1, vectors>(query, centroid, tile.stride, p_.D, slot, q, winners_);
       }
     }
   }
@@ -115,7 +128,7 @@ class Task {
   // A query that found fewer than K numbers above -inf: scores of -inf follow, then NaN, each by ascending
   // slot.
   void add_exceptional(int64_t q, bool nan) {
-    for (int64_t m = 0; m < count_; m += kTile) {
+    for (int64_t m = begin_; m < end_; m += kTileSlots) {
       const Tile tile = load_tile(m);
       for (int64_t i = 0; i < tile.n && winners_.found[q] < p_.K; ++i) {
         const float s = score(q, tile.data + i * tile.stride);
@@ -127,13 +140,18 @@ class Task {
 
   void write() const {
     for (int64_t n = 0; n < queries_; ++n) {
-      const int64_t to = place_of(n).in_results;
-      winners_.write(n, p_.ids + to, p_.scores + to);
+      if (p_.splits > 1) {
+        const int64_t to = (part_ * chunk_topk_queries(p_) + first_ + n) * p_.K;
+        winners_.write(n, p_.split_ids + to, p_.split_scores + to);
+      } else {
+        const int64_t to = place_of(n).in_results;
+        winners_.write(n, p_.ids + to, p_.scores + to);
+      }
     }
   }
 
   const ChunkTopkParams& p_;
-  const int64_t search_, head_, ring_, count_, first_, queries_;
+  const int64_t part_, search_, head_, ring_, begin_, end_, first_, queries_, padded_;
   Buffer<float> query_, tile_;
   Winners winners_;
 };

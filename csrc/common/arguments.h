@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -80,6 +81,12 @@ class Arguments {
                     ": ring_index is needed when R is neither 1 nor B, got R = ", R, " and B = ", B);
   }
 
+  // Whether any byte lies in both.
+  static bool overlap(const Tensor& a, const Tensor& b) {
+    if (a.numel() == 0 || b.numel() == 0) return false;
+    return begin_of(a) < begin_of(b) + bytes_of(b) && begin_of(b) < begin_of(a) + bytes_of(a);
+  }
+
   // A size, or another number.
   void in_range(const char* name, int64_t value, int64_t low, int64_t end) const {
     STD_TORCH_CHECK(value >= low && value < end, op_, ": ", name, " must lie in [", low, ", ", end, "), got ",
@@ -99,6 +106,17 @@ class Arguments {
 
  private:
   static int32_t index_of(const Tensor& tensor) { return tensor.is_cuda() ? tensor.get_device_index() : -1; }
+
+  static uintptr_t begin_of(const Tensor& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  }
+
+  // From its first to its last.
+  static uintptr_t bytes_of(const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t axis = 0; axis < tensor.dim(); ++axis) last += (tensor.size(axis) - 1) * tensor.stride(axis);
+    return (last + 1) * tensor.element_size();
+  }
 
   template <typename Sizes>
   static std::string text_of(const Sizes& sizes) {

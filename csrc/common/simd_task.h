@@ -36,6 +36,8 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+inline IntVector load(const int32_t* from) { return *reinterpret_cast<const IntVector*>(from); }
+inline void store(int32_t* to, IntVector value) { *reinterpret_cast<IntVector*>(to) = value; }
 inline Vector fill(float value) { return value - Vector{}; }
 
 inline float sum(Vector v) {
@@ -221,8 +223,8 @@ struct LanesUpTo<0, lane...> {
 using AllLanes = typename LanesUpTo<kLanes>::Type;
 
 // Lanes of a, counted from 0, and of b, counted from kLanes. GCC has clang's builtin since version 12.
-template <int... from>
-inline Vector shuffle(Vector a, Vector b) {
+template <int... from, typename V>
+inline V shuffle(V a, V b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, from...);
 #else
@@ -269,17 +271,17 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
   for (int i = 0; i < kLanes; ++i) store(to + i * to_stride, v[i]);
 }
 
-// Inner products of n rows [n, D] with a block of queries [D, kQueries].
-template <int n>
+// Inner products of n rows [n, D] with the first vectors of a block of queries [D, kQueries].
+template <int n, int vectors>
 inline void multiply_rows(const float* rows, int64_t row_stride, const float* block, int64_t D,
-                          Vector (&out)[n][kVectors]) {
+                          Vector (&out)[n][vectors]) {
   for (int j = 0; j < n; ++j) {
-    for (int v = 0; v < kVectors; ++v) out[j][v] = Vector{};
+    for (int v = 0; v < vectors; ++v) out[j][v] = Vector{};
   }
   for (int64_t d = 0; d < D; ++d) {
     const Vector* q = reinterpret_cast<const Vector*>(block + d * kQueries);
     for (int j = 0; j < n; ++j) {
-      for (int v = 0; v < kVectors; ++v) out[j][v] += q[v] * rows[j * row_stride + d];
+      for (int v = 0; v < vectors; ++v) out[j][v] += q[v] * rows[j * row_stride + d];
     }
   }
 }

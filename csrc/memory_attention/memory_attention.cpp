@@ -6,13 +6,17 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "common/arguments.h"
+#include "common/new_tensor.h"
+#include "common/parallel.h"
 #include "common/scalar.h"
 #include "common/simd.h"
 
@@ -142,17 +146,49 @@ MemoryAttentionParams params_of(const Inputs& in, const std::vector<int32_t>& ri
   return p;
 }
 
-// Tasks 0 ... count - 1, each taken by the next thread that is free: they differ in length.
-template <typename F>
-void run(int64_t count, F&& task) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-  });
+// Kernels leave out ids that are no slots, should they change after this.
+void check_ids(const MemoryAttentionParams& p) {
+  for (int64_t row = 0; row < p.B * p.H * p.T; ++row) {
+    const int64_t t = row % p.T, h = row / p.T % p.H, b = row / p.T / p.H;
+    const int32_t* ids = p.ids + b * p.ids_stride[0] + h * p.ids_stride[1] + t * p.ids_stride[2];
+    int32_t lowest = -1;
+    int64_t highest = -1;
+    for (int64_t k = 0; k < p.K; ++k) {
+      lowest = std::min(lowest, ids[k]);
+      highest = std::max<int64_t>(highest, ids[k]);
+    }
+    STD_TORCH_CHECK(lowest >= -1 && highest < p.M, kOp, ": chunk_ids must lie in [-1, ", p.M, "), got ",
+                    lowest < -1 ? lowest : highest);
+  }
+}
+
+// Multiply-adds forward: scores and sums over what queries may see.
+int64_t work_of(const MemoryAttentionParams& p) {
+  const int64_t local = p.window ? std::min(p.window, p.S) : p.S;
+  return p.B * p.H * p.T * (local + p.K * p.C) * p.D * 2;
 }
 
 void run(int64_t count, Task task, const MemoryAttentionParams& p) {
-  run(count, [&](int64_t i) { task(p, i); });
+  run_tasks(count, work_of(p), [&](int64_t i) { task(p, i); });
+}
+
+// The queries of a key/value head are finished by the thread that is done with the last of its pieces; or,
+// with few heads for the threads, shared out.
+void attend_few(MemoryAttentionParams p) {
+  const int64_t splits = (p.S + kSplit - 1) / kSplit, heads = p.B * p.G, queries = p.H / p.G * p.T;
+  const std::unique_ptr<float[]> pieces(new float[heads * queries * splits * (p.D + 2)]);
+  p.pieces = pieces.get();
+  if (splits == 0 || heads < torch::stable::get_num_threads()) {
+    run(heads * splits, tasks().piece, p);
+    return run(heads * queries, tasks().finish, p);
+  }
+  std::vector<std::atomic<int64_t>> done(heads);
+  run_tasks(heads * splits, work_of(p), [&](int64_t i) {
+    tasks().piece(p, i);
+    const int64_t head = i / splits;
+    if (done[head].fetch_add(1, std::memory_order_acq_rel) + 1 < splits) return;
+    for (int64_t query = 0; query < queries; ++query) tasks().finish(p, head * queries + query);
+  });
 }
 
 int64_t blocks(const MemoryAttentionParams& p) {
@@ -165,23 +201,21 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Results attend(const Inputs& in) {
   const auto rings = check(in);
   auto p = params_of(in, rings);
-  const auto empty = [&](std::initializer_list<int64_t> size) {
-    return torch::stable::new_empty(in.query, size, ScalarType::Float);
-  };
-  Tensor out = torch::stable::new_empty(in.query, {p.B, p.H, p.T, p.D});
-  Tensor local_out = empty({p.B, p.H, p.T, p.D}), memory_out = empty({p.B, p.H, p.T, p.D});
-  Tensor local_lse = empty({p.B, p.H, p.T}), memory_lse = empty({p.B, p.H, p.T});
+  check_ids(p);
+  const std::array<int64_t, 4> rows{p.B, p.H, p.T, p.D};
+  const std::array<int64_t, 3> queries{p.B, p.H, p.T};
+  Tensor out = new_tensor(in.query, rows, in.query.scalar_type());
+  Tensor local_out = new_tensor(in.query, rows, ScalarType::Float);
+  Tensor local_lse = new_tensor(in.query, queries, ScalarType::Float);
+  Tensor memory_out = new_tensor(in.query, rows, ScalarType::Float);
+  Tensor memory_lse = new_tensor(in.query, queries, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.local_out = floats(local_out), p.memory_out = floats(memory_out);
   p.local_lse = floats(local_lse), p.memory_lse = floats(memory_lse);
   if (p.B * p.T == 0) {
     return {out, local_out, local_lse, memory_out, memory_lse};
   } else if (p.T <= tasks().few()) {
-    const int64_t splits = (p.S + kSplit - 1) / kSplit;
-    Tensor pieces = empty({p.B, p.H, p.T, splits, p.D + 2});
-    p.pieces = floats(pieces);
-    run(p.B * p.G * splits, tasks().piece, p);
-    run(p.B * p.H * p.T, tasks().finish, p);
+    attend_few(p);
   } else {
     run(blocks(p), tasks().forward, p);
   }
@@ -203,7 +237,8 @@ void differentiate_local(const MemoryAttentionParams& p) {
       if (k < 0 || k >= keys || !memory_attention_sees(p, q, k)) continue;
       for (int64_t head = 0; head < heads; ++head) wave.push_back((head * queries + q) * keys + k);
     }
-    run(static_cast<int64_t>(wave.size()), [&](int64_t i) { tasks().backward_pair(p, wave[i]); });
+    const int64_t size = static_cast<int64_t>(wave.size()), pair = kPair * kPair * p.D;
+    run_tasks(size, 5 * size * pair, [&](int64_t i) { tasks().backward_pair(p, wave[i]); });
   }
 }
 

@@ -16,12 +16,12 @@ inline void score_rows(const float* rows, int64_t row_stride, int64_t n, const f
   int64_t j = 0;
   for (; j + kRows <= n; j += kRows) {
     Vector result[kRows][kVectors];
-    multiply_rows<kRows>(rows + j * row_stride, row_stride, block, D, result);
+    multiply_rows<kRows, kVectors>(rows + j * row_stride, row_stride, block, D, result);
     std::memcpy(out + j * kQueries, result, sizeof result);
   }
   for (; j < n; ++j) {
     Vector result[1][kVectors];
-    multiply_rows<1>(rows + j * row_stride, row_stride, block, D, result);
+    multiply_rows<1, kVectors>(rows + j * row_stride, row_stride, block, D, result);
     std::memcpy(out + j * kQueries, result, sizeof result);
   }
 }

@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "common/arguments.h"
 #include "common/scalar.h"
@@ -19,6 +21,19 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 constexpr const char* kOp = "ring_write";
 constexpr int64_t kMaxChunkSize = 64;  // as in longmem_kernels/ring.py
+
+std::vector<const Tensor*> parts_of(const Tensor& store, const Tensor& centroid, const Tensor& tail,
+                                    const Tensor& cursor, const std::optional<Tensor>& scale) {
+  std::vector<const Tensor*> parts{&store, &centroid, &tail, &cursor};
+  if (scale) parts.push_back(&*scale);
+  return parts;
+}
+
+// A copy of tokens that lie in what is written.
+Tensor apart(const std::vector<const Tensor*>& written, const Tensor& tokens) {
+  const auto lies_in = [&](const Tensor* part) { return Arguments::overlap(tokens, *part); };
+  return std::any_of(written.begin(), written.end(), lies_in) ? torch::stable::clone(tokens) : tokens;
+}
 
 Arguments check(const Tensor& store, const Tensor& centroid, const Tensor& tail, const Tensor& cursor,
                 const std::optional<Tensor>& scale, const Tensor& key, const Tensor& value,
@@ -44,6 +59,12 @@ Arguments check(const Tensor& store, const Tensor& centroid, const Tensor& tail,
   arguments.expect_rows("value", value, {B, G, T, D}, key.scalar_type());
   arguments.expect_ring_index(ring_index, B, R);
   arguments.expect("mask", mask, {B, T}, ScalarType::Bool);
+  const auto parts = parts_of(store, centroid, tail, cursor, scale);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    for (size_t j = 0; j < i; ++j)
+      STD_TORCH_CHECK(!Arguments::overlap(*parts[i], *parts[j]), kOp,
+                      ": the parts of ring must not overlap in memory");
+  }
   return arguments;
 }
 
@@ -74,6 +95,8 @@ RingWriteParams params_of(const Tensor& store, const Tensor& centroid, const Ten
 void run_cpu(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, std::optional<Tensor> scale,
              Tensor key, Tensor value, std::optional<Tensor> ring_index, std::optional<Tensor> mask) {
   const Arguments arguments = check(store, centroid, tail, cursor, scale, key, value, ring_index, mask);
+  const auto written = parts_of(store, centroid, tail, cursor, scale);
+  key = apart(written, key), value = apart(written, value);
   auto p = params_of(store, centroid, tail, cursor, scale, key, value, ring_index, mask);
   if (p.B * p.T == 0) return;
   const auto rings = arguments.copy("ring_index", ring_index, 0, p.R);
@@ -86,10 +109,12 @@ void run_cpu(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, std::opt
 void run_cuda(Tensor store, Tensor centroid, Tensor tail, Tensor cursor, std::optional<Tensor> scale,
               Tensor key, Tensor value, std::optional<Tensor> ring_index, std::optional<Tensor> mask) {
   check(store, centroid, tail, cursor, scale, key, value, ring_index, mask);
+  const torch::stable::accelerator::DeviceGuard guard(store.get_device_index());
+  const auto written = parts_of(store, centroid, tail, cursor, scale);
+  key = apart(written, key), value = apart(written, value);
   const auto p = params_of(store, centroid, tail, cursor, scale, key, value, ring_index, mask);
   if (p.B * p.T == 0) return;
   const int32_t device = store.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
   const char* error = ring_write_cuda(p, scalar_of(key.scalar_type(), kOp, "key"),
                                       scalar_of(store.scalar_type(), kOp, "ring.store", true),
                                       current_cuda_stream(device, kOp));

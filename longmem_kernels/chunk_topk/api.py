@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,11 @@ from .._checks import (
     packed,
 )
 from .._dispatch import choose
+from .._plans import Plan, Plans
 from .reference import chunk_topk_reference
 
 MAX_K = 64
+OP = "chunk_topk"
 
 
 def chunk_topk(
@@ -58,7 +62,20 @@ def chunk_topk(
         ValueError, TypeError: an argument does not fit; the message names it, what was wanted and what came.
         RuntimeError: `impl` cannot run here.
     """
-    op = "chunk_topk"
+    plan = _plans.find((query, centroid, count, ring_index), (k, impl))
+    return plan.run(
+        lambda: _check_values(centroid, count, ring_index),
+        constant(query), constant(centroid), count.contiguous(), packed(ring_index), plan.k,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Plan(Plan):
+    k: int
+
+
+def _plan(query: Tensor, centroid: Tensor, count: Tensor, ring_index: Tensor | None, k: int, impl: str) -> _Plan:
+    op = OP
     sizes = Sizes(op)
     sizes.bind("query", query, "B H T D")
     sizes.bind("centroid", centroid, "R G M D")
@@ -72,11 +89,14 @@ def chunk_topk(
     check_device(op, query.device, centroid=centroid, count=count, ring_index=ring_index)
     check_last_axis_contiguous(op, query=query, centroid=centroid)
     check_ring_index(op, ring_index, sizes)
-    check_range(op, "count", count, 0, sizes["M"] + 1)
-
-    query, centroid = constant(query), constant(centroid)
-    count, ring_index = count.contiguous(), packed(ring_index)
     name = choose(op, impl, query.device, (query.dtype, centroid.dtype), sizes["D"])
-    if name == "reference":
-        return chunk_topk_reference(query, centroid, count, ring_index, k)
-    return getattr(torch.ops.longmem, f"chunk_topk_{name}")(query, centroid, count, ring_index, k)
+    kernel = chunk_topk_reference if name == "reference" else getattr(torch.ops.longmem, f"{op}_{name}").default
+    return _Plan(kernel, name == "cpp", k)
+
+
+def _check_values(centroid: Tensor, count: Tensor, ring_index: Tensor | None) -> None:
+    check_range(OP, "ring_index", ring_index, 0, centroid.shape[0])
+    check_range(OP, "count", count, 0, centroid.shape[2] + 1)
+
+
+_plans = Plans(_plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -27,8 +28,10 @@ from .._checks import (
     packed_last_axis,
 )
 from .._dispatch import choose
+from .._plans import Plan, Plans, without_autograd
 from .reference import memory_attention_reference, memory_share
 
+OP = "memory_attention"
 FUSIONS = ("gated", "joint")
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -74,7 +77,7 @@ def memory_attention(
             frozen encoder.
         chunk_ids: [B, H, T, K] int32, slots in [0, M), or -1 for none (`chunk_topk`). On CUDA, ids outside [-1, M), and
             all ids of a row whose ring does not exist, are treated as -1 unless `debug_checks(True)` makes them an
-            error, as they always are on CPU. Compiled CPU code treats ids so, and raises RuntimeError for rings.
+            error, as they always are on CPU: a ValueError, of compiled code a RuntimeError.
         memory_query: [B, H, T, D], what meets the memory keys; default `query`. With rotary positions memory holds
             unrotated keys, and this is the unrotated query.
         memory_scale: [R, G, M, 2] float32, with float8_e4m3fn memory alone: what the stored keys (0) and values (1) of
@@ -111,9 +114,66 @@ def memory_attention(
         RuntimeError: `impl` cannot run here.
         NotImplementedError: differentiated as kernels are not, there or in the backward pass.
     """
-    op = "memory_attention"
     query, key, value, memory_query = _autocast(query, key, value, memory_query)
-    sizes = Sizes(op)
+    tensors = (
+        query, key, value, memory_key, memory_value, chunk_ids, memory_query, memory_scale, ring_index, gate,
+        alibi_slopes, key_mask,
+    )  # fmt: skip
+    options = (fusion, scale, causal, window, dropout_p, return_lse, return_memory_share, impl)
+    plan = _plans.find(tensors, options)
+    seed = None if plan.dropout_p == 0 and dropout_seed is None else _seed(plan.dropout_p, dropout_seed, query.device)
+    gate, alibi_slopes = packed(gate), packed(alibi_slopes)
+    if plan.float32_vectors:
+        gate, alibi_slopes = _float32(gate), _float32(alibi_slopes)
+    out, _, local_lse, _, memory_lse = plan.run(
+        lambda: _check_values(memory_key, chunk_ids, ring_index),
+        query, key, value, query if memory_query is None else memory_query, memory_key, memory_value,
+        packed_last_axis(chunk_ids), packed(memory_scale), packed(ring_index), gate, alibi_slopes, key_mask, seed,
+        fusion, plan.scale, causal, plan.window, plan.dropout_p,
+    )  # fmt: skip
+    extra: tuple[Tensor, ...] = (local_lse, memory_lse) if return_lse else ()
+    if return_memory_share:
+        extra += (memory_share(local_lse, memory_lse, gate),)
+    return (out, *extra) if extra else out
+
+
+@dataclass(frozen=True)
+class _Plan(Plan):
+    """
+    Attributes:
+        scale, window, dropout_p: as the kernels take them.
+        float32_vectors: the kernel wants `gate` and `alibi_slopes` in float32.
+    """
+
+    scale: float
+    window: int | None
+    dropout_p: float
+    float32_vectors: bool
+
+
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    chunk_ids: Tensor,
+    memory_query: Tensor | None,
+    memory_scale: Tensor | None,
+    ring_index: Tensor | None,
+    gate: Tensor | None,
+    alibi_slopes: Tensor | None,
+    key_mask: Tensor | None,
+    fusion: str,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    dropout_p: float,
+    return_lse: bool,
+    return_memory_share: bool,
+    impl: str,
+) -> _Plan:
+    op, sizes = OP, Sizes(OP)
     sizes.bind("query", query, "B H T D")
     sizes.bind("key", key, "B G S D")
     sizes.bind("value", value, "B G S D")
@@ -133,7 +193,6 @@ def memory_attention(
         check_dtype(op, "key_mask", key_mask, (torch.bool,))
     check_ring_index(op, ring_index, sizes)
     check_dtype(op, "chunk_ids", chunk_ids, (torch.int32,))
-    check_range(op, "chunk_ids", chunk_ids, -1, sizes["M"])
     window = _check_options(op, fusion, gate, causal, window)
     check_truth(op, "return_lse", return_lse)
     check_truth(op, "return_memory_share", return_memory_share)
@@ -145,27 +204,31 @@ def memory_attention(
     check_device(op, device, chunk_ids=chunk_ids, ring_index=ring_index, gate=gate, alibi_slopes=alibi_slopes)
     check_device(op, device, memory_scale=memory_scale, key_mask=key_mask)
     dropout_p = check_number(op, "dropout_p", dropout_p)
-    seed = _seed(op, dropout_p, dropout_seed, device)
-
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {dropout_p}")
     name = choose(op, impl, device, (query.dtype, memory_key.dtype), sizes["D"])
-    gate, alibi_slopes = packed(gate), packed(alibi_slopes)
-    if name != "reference":
-        gate, alibi_slopes = _float32(gate), _float32(alibi_slopes)
-    arguments = (
-        query, key, value, memory_query, memory_key, memory_value, packed_last_axis(chunk_ids),
-        packed(memory_scale), packed(ring_index), gate, alibi_slopes, key_mask, seed,
-        fusion, scale, causal, window, dropout_p,
-    )  # fmt: skip
     if name == "reference":
-        with _no_autocast(device.type):  # which would cast its matrix products once more
-            out, local_lse, memory_lse = memory_attention_reference(*arguments)
-    else:
-        check_differentiation(op, name, query, key, value, memory_query, memory_key, memory_value, gate, alibi_slopes)
-        out, _, local_lse, _, memory_lse = getattr(torch.ops.longmem, f"memory_attention_{name}")(*arguments)
-    extra: tuple[Tensor, ...] = (local_lse, memory_lse) if return_lse else ()
-    if return_memory_share:
-        extra += (memory_share(local_lse, memory_lse, gate),)
-    return (out, *extra) if extra else out
+        return _Plan(_reference, False, scale, window, dropout_p, False)
+    check_differentiation(op, name, query, key, value, memory_query, memory_key, memory_value, gate, alibi_slopes)
+    kernel = getattr(torch.ops.longmem, f"{op}_{name}").default
+    if not any(x is not None and x.requires_grad for x in (query, key, value, memory_query, gate)):
+        kernel = without_autograd(kernel)
+    return _Plan(kernel, name == "cpp", scale, window, dropout_p, True)
+
+
+def _check_values(memory_key: Tensor, chunk_ids: Tensor, ring_index: Tensor | None) -> None:
+    check_range(OP, "ring_index", ring_index, 0, memory_key.shape[0])
+    check_range(OP, "chunk_ids", chunk_ids, -1, memory_key.shape[2])
+
+
+def _reference(*arguments: Any) -> tuple[Tensor, None, Tensor, None, Tensor]:
+    """As the ops return their results."""
+    with _no_autocast(arguments[0].device.type):  # which would cast its matrix products once more
+        out, local_lse, memory_lse = memory_attention_reference(*arguments)
+    return out, None, local_lse, None, memory_lse
+
+
+_plans = Plans(_plan)
 
 
 def _float32(tensor: Tensor | None) -> Tensor | None:
@@ -185,10 +248,9 @@ def _no_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if device in AUTOCAST_DEVICES else nullcontext()
 
 
-def _seed(op: str, dropout_p: float, dropout_seed: Tensor | int | None, device: torch.device) -> Tensor | None:
+def _seed(dropout_p: float, dropout_seed: Tensor | int | None, device: torch.device) -> Tensor | None:
     """int64 [1] on the device; None without dropout."""
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {dropout_p}")
+    op = OP
     if dropout_seed is None:
         return torch.randint(2**63 - 1, (1,), device=device) if dropout_p else None
     if isinstance(dropout_seed, Tensor):

@@ -21,8 +21,11 @@ from .._checks import (
     packed,
 )
 from .._dispatch import choose
+from .._plans import Plan, Plans
 from ..ring import MAX_CHUNK_SIZE, MAX_CURSOR, Ring, token_dtype
 from .reference import ring_write_reference
+
+OP = "ring_write"
 
 
 def ring_write(
@@ -59,33 +62,73 @@ def ring_write(
         ValueError, TypeError: an argument does not fit; the message names it, what was wanted and what came.
         RuntimeError: `impl` cannot run here; or, on CUDA, more than 2^30 tokens or 65,535 heads in one call.
     """
-    op = "ring_write"
-    sizes = Sizes(op)
-    check_ring(op, ring, sizes)
+    check_is_ring(OP, ring)
+    store, centroid, tail, cursor, scale = ring.store, ring.centroid, ring.tail, ring.cursor, ring.scale
+    plan = _plans.find((store, centroid, tail, cursor, scale, key, value, ring_index, mask), (impl,))
+    key, value = constant(key), constant(value)
+    plan.run(
+        lambda: _check_values(ring, key, ring_index),
+        store, centroid, tail, cursor, scale, key, value, packed(ring_index), mask,
+    )  # fmt: skip
+    if plan.kernel is not _reference and not torch.compiler.is_compiling():
+        # So that a backward pass that still needs the old content fails instead of reading the new one.
+        written = (store, centroid) if scale is None else (store, centroid, scale)
+        torch.autograd.graph.increment_version([part for part in written if not part.is_inference()])
+
+
+def _plan(
+    store: Tensor,
+    centroid: Tensor,
+    tail: Tensor,
+    cursor: Tensor,
+    scale: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    ring_index: Tensor | None,
+    mask: Tensor | None,
+    impl: str,
+) -> Plan:
+    op, sizes = OP, Sizes(OP)
+    check_ring(op, Ring(store, centroid, tail, cursor, scale), sizes)
     sizes.bind("key", key, "B G T D")
     sizes.bind("value", value, "B G T D")
     check_dtype(op, "key", key, COMPUTE_DTYPES)
     if value.dtype != key.dtype:
         raise TypeError(f"{op}: value must have the dtype of key, {key.dtype}, got {value.dtype}")
-    check_device(op, ring.store.device, key=key, value=value, ring_index=ring_index, mask=mask)
+    check_device(op, store.device, key=key, value=value, ring_index=ring_index, mask=mask)
     check_last_axis_contiguous(op, key=key, value=value)
     check_ring_index(op, ring_index, sizes)
-    check_range(op, "ring.cursor", ring.cursor, 0, MAX_CURSOR - sizes["B"] * sizes["T"])
     if mask is not None:
         sizes.bind("mask", mask, "B T")
         check_dtype(op, "mask", mask, (torch.bool,))
-    key, value, ring_index = _apart(ring, constant(key)), _apart(ring, constant(value)), packed(ring_index)
+    name = choose(op, impl, store.device, (key.dtype, store.dtype), sizes["D"])
+    kernel = _reference if name == "reference" else getattr(torch.ops.longmem, f"{op}_{name}").default
+    return Plan(kernel, name == "cpp")
 
-    name = choose(op, impl, ring.store.device, (key.dtype, ring.store.dtype), sizes["D"])
-    if name == "reference":
-        ring_write_reference(ring, key, value, ring_index, mask)
-    else:
-        kernel = getattr(torch.ops.longmem, f"ring_write_{name}")
-        kernel(ring.store, ring.centroid, ring.tail, ring.cursor, ring.scale, key, value, ring_index, mask)
-        if not torch.compiler.is_compiling():
-            # So that a backward pass that still needs the old content fails instead of reading the new one.
-            written = (ring.store, ring.centroid, *(() if ring.scale is None else (ring.scale,)))
-            torch.autograd.graph.increment_version([part for part in written if not part.is_inference()])
+
+def _check_values(ring: Ring, key: Tensor, ring_index: Tensor | None) -> None:
+    check_range(OP, "ring_index", ring_index, 0, ring.rings)
+    check_range(OP, "ring.cursor", ring.cursor, 0, MAX_CURSOR - key.shape[0] * key.shape[2])
+    check_no_overlap(OP, ring)
+
+
+def _reference(
+    store: Tensor,
+    centroid: Tensor,
+    tail: Tensor,
+    cursor: Tensor,
+    scale: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    ring_index: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """As the ops take their arguments."""
+    ring = Ring(store, centroid, tail, cursor, scale)
+    ring_write_reference(ring, _apart(ring, key), _apart(ring, value), ring_index, mask)
+
+
+_plans = Plans(_plan)
 
 
 def _apart(ring: Ring, tokens: Tensor) -> Tensor:
@@ -101,10 +144,13 @@ def _parts(ring: Ring) -> dict[str, Tensor]:
     return {f"ring.{name}": getattr(ring, name) for name in names}
 
 
-def check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
-    """Kernels write through bare pointers into all its tensors: each must have the size and dtype they count on."""
+def check_is_ring(op: str, ring: Ring) -> None:
     if not isinstance(ring, Ring):
         raise TypeError(f"{op}: ring must be a longmem_kernels.Ring, got {type(ring).__name__}")
+
+
+def check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
+    """Kernels write through bare pointers into all its tensors: each must have the size and dtype they count on."""
     sizes.bind("ring.store", ring.store, "R G M 2 C D")
     sizes.bind("ring.centroid", ring.centroid, "R G M D")
     sizes.bind("ring.tail", ring.tail, "R G 2 C D")
@@ -131,11 +177,11 @@ def check_ring(op: str, ring: Ring, sizes: Sizes) -> None:
             raise ValueError(f"{op}: {name} must be on {ring.store.device} like ring.store, got {tensor.device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, got strides {tuple(tensor.stride())}")
-    _check_no_overlap(op, parts)
 
 
-def _check_no_overlap(op: str, parts: dict[str, Tensor]) -> None:
+def check_no_overlap(op: str, ring: Ring) -> None:
     """Refuses parts of a ring that overlap: what is written to one must not appear in another."""
+    parts = _parts(ring)
     if torch.compiler.is_compiling() or any(part.is_meta for part in parts.values()):
         return
     begins = sorted((part.data_ptr(), part.nbytes, name) for name, part in parts.items())
