@@ -148,7 +148,6 @@ class LongMem(nn.Module):
         logits = self.logits(self.sidenet(states, memory, shares=shares))
         loss = None
         if targets is not None:
-            _check_targets(targets, logits.shape[-1])
             # In float32, and defined (zero) when every target is ignored.
             total = F.cross_entropy(
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
@@ -184,9 +183,8 @@ class LongMem(nn.Module):
         Raises:
             ValueError: tokens, mask or rows that do not fit the model, `memory` or each other; nothing is written.
         """
-        Sizes("remember").bind("tokens", tokens, "R n")
-        if not isinstance(memory, MemoryBank):
-            raise TypeError(f"remember: memory must be a MemoryBank (new_memory), got {type(memory).__name__}")
+        _bind_tokens("remember", tokens, "R n")
+        _check_memory("remember", memory)
         if rows is not None:
             rows = check_rows("remember", rows, memory.rows)
         self._check(tokens[:, : self.config.segment], memory, None if rows is None else len(rows))
@@ -280,9 +278,7 @@ class LongMem(nn.Module):
             FloatingPointError: the logits of a step hold not-a-number or infinity.
         """
         max_new_tokens = check_integer("generate", "max_new_tokens", max_new_tokens, 0)
-        sizes = Sizes("generate")
-        sizes.bind("tokens", tokens, "B n")
-        sizes.positive("n")
+        _bind_tokens("generate", tokens, "B n").positive("n")
         if pad is not None:
             pad = check_integer("generate", "pad", pad, 0, self.backbone.vocab_size - 1)
         self._check(tokens[:, : self.config.segment], memory)
@@ -360,24 +356,23 @@ class LongMem(nn.Module):
         )
         if wrong is not None and bool(wrong.any()):
             raise ValueError(
-                f"LongMem: targets must lie in [0, {vocabulary}), or be {IGNORE}, got {int(targets[wrong][0])}"
+                f"LongMem: targets must lie in [0, {vocabulary}) or be {IGNORE}, got {int(targets[wrong][0])}"
             )
         return targets
 
     def _check(self, tokens: Tensor, memory: MemoryBank | None, rows: int | None = None) -> None:
-        Sizes("LongMem").bind("tokens", tokens, "B T")
+        _bind_tokens("LongMem", tokens, "B T")
         if tokens.dtype != torch.int64:
             raise ValueError(f"LongMem: tokens must be int64, got {tokens.dtype}")
         check_device("LongMem", self.backbone.device, "the backbone", tokens=tokens)
-        if memory is not None and not isinstance(memory, MemoryBank):
-            raise TypeError(f"LongMem: memory must be a MemoryBank (new_memory), got {type(memory).__name__}")
+        if memory is not None:
+            _check_memory("LongMem", memory)
         if tokens.shape[1] > self.config.segment:
             raise ValueError(
                 f"LongMem: a segment holds at most {self.config.segment} tokens (config.segment), got {tokens.shape[1]}"
             )
         if memory is None:
             return
-        _check_memory("LongMem", memory)
         if reason := difference(memory.fingerprint, self.fingerprint):
             raise ValueError(f"LongMem: the memory was made by another model: {reason}")
         if tokens.shape[0] != (memory.rows if rows is None else rows):
@@ -385,22 +380,18 @@ class LongMem(nn.Module):
             raise ValueError(f"LongMem: tokens must have {wanted} rows, got {tuple(tokens.shape)}")
 
 
-def _check_ids(where: str, tokens: Any, wanted: str = "tokens [B, n]") -> None:
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        more = '; what a tokenizer returns holds them as ["input_ids"]' if isinstance(tokens, Mapping) else ""
-        raise ValueError(f"{where}: wanted {wanted}, got {got}{more}")
+def _bind_tokens(where: str, tokens: Any, symbols: str) -> Sizes:
+    """Sizes of `tokens` by their symbols. Raises TypeError or ValueError for no tensor, or one of another rank."""
+    if isinstance(tokens, Mapping):
+        raise TypeError(
+            f"{where}: tokens must be a tensor [{symbols}], got {type(tokens).__name__}; what a tokenizer returns holds"
+            ' them as ["input_ids"]'
+        )
+    sizes = Sizes(where)
+    sizes.bind("tokens", tokens, symbols)
+    return sizes
 
 
 def _check_memory(where: str, memory: Any) -> None:
     if not isinstance(memory, MemoryBank):
-        raise TypeError(f"{where}: memory must be one that new_memory made, got {type(memory).__name__}")
-
-
-def _check_targets(targets: Tensor, vocabulary: int) -> None:
-    if targets.dtype != torch.int64:
-        raise ValueError(f"LongMem: targets must be int64, got {targets.dtype}")
-    if targets.device.type == "cpu":  # elsewhere, reading values waits for the device
-        wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= vocabulary))]
-        if len(wrong):
-            raise ValueError(f"LongMem: targets must lie in [0, {vocabulary}) or be {IGNORE}, got {int(wrong[0])}")
+        raise TypeError(f"{where}: memory must be a MemoryBank (new_memory), got {type(memory).__name__}")

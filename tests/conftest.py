@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,12 @@ pytest.register_assert_rewrite("memory_attention_suite")
 # Compiling and thread start-up make single examples slow now and then; derandomised, a failure is the same everywhere.
 settings.register_profile("longmem", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("longmem")
+
+
+def pytest_configure() -> None:
+    # A shell that starts tests in the background has them ignore Ctrl-C, which their processes would inherit.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -326,6 +326,8 @@ def _of_training(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    # Steps that run out of time are interrupted, and started from a background shell they would inherit its deafness.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     begin, words = time.monotonic(), list(sys.argv[1:] if arguments is None else arguments)
     rehearse, listed = "--rehearse" in words, "--list" in words
     words = [word for word in words if word not in ("--rehearse", "--list")]
