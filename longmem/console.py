@@ -311,7 +311,7 @@ def evaluate_with_bar(
 
 
 def report_content(report: PerplexityReport, **about: Any) -> dict[str, Any]:
-    """What perplexity.json holds: the scores, and `about`."""
+    """Content of perplexity.json: the scores, and `about`."""
     scores = {
         name: {"perplexity": score.perplexity, "nats": asdict(score), "vs_backbone": asdict(gain)}
         for name, score, gain in report.rows()

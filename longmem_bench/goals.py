@@ -100,7 +100,7 @@ def shrunk(goal: Goal) -> Goal:
 
 
 def verdict(goal: Goal, number: float) -> str:
-    """Which of gate and goal `number` meets: "goal", "gate" or "no"; "-" where neither is set."""
+    """Names the stricter of gate and goal that `number` meets: "goal", "gate" or "no"; "-" where neither is set."""
     for name, bound in (("goal", goal.goal), ("gate", goal.gate)):
         if bound is not None and (number >= bound if goal.least else number <= bound):
             return name
@@ -183,7 +183,7 @@ def outcomes(goals: Sequence[Goal], measure: Measure) -> Iterator[Outcome]:
 
 
 def table(found: Sequence[Outcome]) -> str:
-    """What, shape, measured, gate, goal, which is met, and peak extra memory."""
+    """Columns: what, shape, measured, gate, goal, which is met, and peak extra memory."""
     lines = [["what", "shape", "unit", "at first", "measured", "gate", "goal", "met", "peak extra MB"]]
     for one in found:
         goal, sign = one.goal, ">= " if one.goal.least else ""

@@ -116,7 +116,7 @@ class ModelInputs:
         )  # type: ignore[return-value]  # two of them
 
     def precision(self) -> AbstractContextManager[object]:
-        """Of a training step's matrix products."""
+        """Precision of a training step's matrix products."""
         return autocast(self.shape.dtype_name, self.tokens.device, self.model.backbone.dtype)
 
     def work(self) -> Work | None:

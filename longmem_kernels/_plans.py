@@ -22,7 +22,7 @@ _PLAIN = frozenset((int, float, bool, str, type(None)))
 
 @dataclass(frozen=True)
 class Plan:
-    """What a public function does with calls of one signature.
+    """Decisions of a public function for all calls of one signature.
 
     Attributes:
         kernel: takes what its torch op takes.

@@ -66,7 +66,7 @@ def _check(
     query: Tensor,
     memory_query: Tensor | None,
 ) -> bool:
-    """What the two operations would blame on one another's arguments."""
+    """Checks what the two operations would blame on one another's arguments."""
     sizes = Sizes(OP)
     check_ring(OP, Ring(store, centroid, tail, cursor, scale), sizes)
     sizes.bind("query", query, "B H T D")

@@ -146,7 +146,7 @@ def _epsilons_within(mlp: nn.Module) -> list[float]:
 
 
 def _activations(mlp: nn.Module) -> list[Any]:
-    """Of each module without weights in a feed-forward, which are its activation and nothing else, some values to three
+    """Some values of each module without weights in a feed-forward, its activation and nothing else, to three
     digits: whatever it is called, and whoever exchanged it."""
     places = torch.tensor([-3.0, -1.0, -0.25, 0.25, 1.0, 3.0], device="cpu")
     found: list[Any] = []

@@ -196,7 +196,7 @@ def evaluate(
 
 
 def _kept_files(folder: Path, what: str) -> str:
-    """What a command that ended early has kept, where it has kept any file in `folder`."""
+    """Says what a command that ended early has kept, where it has kept any file in `folder`."""
     if any(path.is_file() and path.suffix != ".part" for path in folder.rglob("*")):
         return f"kept: {what}, in {folder}; the same command goes on from there"
     return "nothing was kept"

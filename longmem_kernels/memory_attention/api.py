@@ -222,7 +222,7 @@ def _check_values(memory_key: Tensor, chunk_ids: Tensor, ring_index: Tensor | No
 
 
 def _reference(*arguments: Any) -> tuple[Tensor, None, Tensor, None, Tensor]:
-    """As the ops return their results."""
+    """The reference, with its results as the ops return theirs."""
     with _no_autocast(arguments[0].device.type):  # which would cast its matrix products once more
         out, local_lse, memory_lse = memory_attention_reference(*arguments)
     return out, None, local_lse, None, memory_lse

@@ -123,7 +123,7 @@ def _reference(
     ring_index: Tensor | None,
     mask: Tensor | None,
 ) -> None:
-    """As the ops take their arguments."""
+    """The reference, with its arguments as the ops take theirs."""
     ring = Ring(store, centroid, tail, cursor, scale)
     ring_write_reference(ring, _apart(ring, key), _apart(ring, value), ring_index, mask)
 
