@@ -73,8 +73,6 @@ def _run(out: Path, data: list[str] | None, steps: int, target: torch.device) ->
         save_report(report, report_content(report), out, title)
     finally:  # what was measured is shown, kept or not
         print(f"\n{report.table()}\n", flush=True)
-
-    print(f"\n{report.table()}\n", flush=True)
     note(f"plot: {out}/perplexity.png; metrics: {out}/metrics.jsonl")
     note(next_commands(out))
 
