@@ -243,7 +243,7 @@ def test_wrong_arguments_and_no_gpu_are_said(
 
 @pytest.mark.slow
 def test_a_rehearsal_runs_on_a_cpu(tmp_path: Path) -> None:
-    arguments = ["--rehearse", "2", "tests", "sanitize", "graphs", "fp8"]
+    arguments = ["--rehearse", "4", "tests", "sanitize", "graphs", "fp8"]
     environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
     command = [str(TOOLS / "gpu_check.sh"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
