@@ -191,6 +191,20 @@ def test_every_row_of_the_search_table_compiles_within_budget(capability: int, r
     assert usage.fits(capability), str(usage)
 
 
+@pytest.mark.parametrize("capability", sorted(SHARED_BYTES))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2048])
+def test_the_decision_of_chunk_topk_compiles_within_budget(tokens: int, dtype: torch.dtype, capability: int) -> None:
+    query, centroid = (torch.zeros(1, 2, n, 128, dtype=dtype) for n in (tokens, 16384))
+    for k in (16, 64):
+        with launches() as found, on_capability(capability):
+            torch.ops.longmem.chunk_topk_triton(query, centroid, torch.zeros(1, dtype=torch.int32), None, k)
+        for launch in found:
+            if launch.name != "chunk_topk_search_kernel":
+                usage = compile_for(launch, capability)
+                assert usage.fits(capability), f"{launch.name}, K={k}: {usage}"
+
+
 # Instructions that a score costs in the two loops of the search, where nothing is worth keeping.
 PER_SCORE = {
     (90, 64): (2.5, 3.1),

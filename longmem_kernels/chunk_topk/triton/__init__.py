@@ -41,8 +41,11 @@ def chunk_topk_triton(
     norms = None
     q, c = Rows.of(query), Rows.of(centroid)
     BK = max(2, _tiles.power_of_2(k))
-    # A warp for each query, that asks no other warp; with few queries, more warps for each.
-    BW, warps = min(_tiles.power_of_2(splits * lanes * capacity), DECIDED), 1 if B * H * T > WARPS // 4 else 4
+    # A warp for each query, that asks no other warp; more of them with few queries, or where scores are computed anew.
+    BW, warps = (
+        min(_tiles.power_of_2(splits * lanes * capacity), DECIDED),
+        1 if how == "direct" and B * H * T > WARPS // 4 else 4,
+    )
     with torch.cuda.device_of(query):
         if how == "coarse":
             norms = query.new_empty((R, G, _tiles.blocks(M, BN)), dtype=torch.float32)
